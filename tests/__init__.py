@@ -1,0 +1,1 @@
+"""All tests; the folder says which kind (README.md)."""

@@ -1,0 +1,1 @@
+"""Sizes, imports and layout: what the conventions promise, policed."""

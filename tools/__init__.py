@@ -1,0 +1,1 @@
+"""Development tools: set-up, generators, lint contracts. Never installed."""
