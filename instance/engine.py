@@ -1,0 +1,94 @@
+"""What must an engine offer to be an instance? The Engine port: synchronous, called by one thread, between steps.
+
+`instance.vllm.host.VllmEngine` is the real one, `instance.fake.FakeEngine` the verified fake; both pass tests/contract.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from instance.types import (
+    CommittedRequest,
+    EngineFacts,
+    EngineLoad,
+    EngineRefusal,
+    RequestView,
+    StepResult,
+    Submission,
+)
+from migration.ports import BlockMover
+from migration.types import (
+    Description,
+    MigrationId,
+    NotStopped,
+    Progress,
+    Refusal,
+    RequestId,
+    Reservation,
+    StoppedRequest,
+)
+
+
+class Engine(Protocol):
+    """Every method runs on the engine's thread, between two steps; none waits for anything but `step`."""
+
+    @property
+    def facts(self) -> EngineFacts: ...
+
+    @property
+    def mover(self) -> BlockMover:
+        """The data plane of this engine's ranks; the one part that is used from outside the engine's thread."""
+
+    def add(self, submission: Submission) -> EngineRefusal | None:
+        """Queue a request. A refusal leaves no trace. A known id is ignored (a repeated submission)."""
+
+    def abort(self, request_ids: tuple[RequestId, ...]) -> None:
+        """End these requests without output; stopped ones too. Unknown ids are ignored."""
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> StepResult:
+        """Run one engine step."""
+
+    def load(self) -> EngineLoad: ...
+
+    def requests(self) -> tuple[RequestView, ...]:
+        """Every request this engine owns, in order of arrival."""
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix. False: not possible now (blocks are in use)."""
+
+    # ---- source
+    def describe(self, request_id: RequestId) -> Description | Refusal | None: ...
+
+    def progress(self, request_id: RequestId) -> Progress | None: ...
+
+    def try_stop(self, request_id: RequestId, without_kv: bool = False) -> StoppedRequest | NotStopped | None:
+        """Take it out of the batch and export it. None: tokens are still in flight, call again after the next step
+        (it is out of the batch already). `without_kv`: export as if nothing had been computed (re-prefill mode)."""
+
+    def resume(self, request_id: RequestId) -> None: ...
+
+    def release(self, request_id: RequestId) -> bool:
+        """Free a stopped request without output. False: it was no longer there (aborted meanwhile)."""
+
+    # ---- destination
+    def reserve(
+        self, migration_id: MigrationId, description: Description, slack_blocks: int
+    ) -> Reservation | Refusal: ...
+
+    def grow(self, migration_id: MigrationId, num_tokens: int) -> Reservation | Refusal: ...
+
+    def is_ready(self, migration_id: MigrationId) -> bool | Refusal:
+        """True: it could be committed now. False: ask again after a while (a grammar is compiling)."""
+
+    def commit(self, migration_id: MigrationId, state: bytes) -> CommittedRequest | Refusal:
+        """Make it schedulable. A refusal has cancelled the reservation."""
+
+    def cancel(self, migration_id: MigrationId) -> None: ...
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless free + held + reserved = total and the queues agree (for tests)."""
+
+    def close(self) -> None:
+        """Stop the engine and its processes."""

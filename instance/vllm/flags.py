@@ -1,0 +1,123 @@
+"""What did the user ask of vLLM? A `vllm serve` argument list, read by vLLM's own parser, with our defaults under it.
+
+Gateways and instances of one fleet read the same list with these two functions, so they agree on every setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from instance.vllm import compat
+
+MAX_CPU_BATCHED_TOKENS = 32_768
+"""Our CPU default of `max_num_batched_tokens` is the model's length, but not more than this (activations grow with
+it)."""
+
+_WEIGHTS = ("config.json", "params.json")
+
+
+class FlagError(ValueError):
+    """The arguments cannot be used; the text is one line that says which and why."""
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, except that a mistake is an exception and does not end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(_one_line(message))
+
+
+def parse_serve_argv(argv: Sequence[str]) -> argparse.Namespace:
+    """Read `vllm serve` arguments, the model first. Raises `FlagError` (one line)."""
+    parser = make_arg_parser(_Parser(prog="kvferry serve", add_help=False))
+    if current_platform.is_cpu():
+        parser.set_defaults(enforce_eager=True)
+    try:
+        namespace: argparse.Namespace = parser.parse_args(list(argv))
+        validate_parsed_serve_args(namespace)
+    except (ValueError, TypeError, OSError) as error:
+        raise error if isinstance(error, FlagError) else FlagError(_one_line(str(error))) from error
+    if namespace.model_tag is not None:
+        namespace.model = namespace.model_tag
+    elif not any(str(argument).startswith(("--model", "--config")) for argument in argv):
+        raise FlagError("name a model first: its folder, or its name on the hub")
+    _check_model_path(namespace.model)
+    if namespace.data_parallel_size > 1:
+        raise FlagError("--data-parallel-size: kvferry runs several instances itself; use its --instances")
+    if current_platform.is_cpu() and namespace.distributed_executor_backend is None:
+        namespace.distributed_executor_backend = "uni" if namespace.tensor_parallel_size == 1 else "mp"
+    return namespace
+
+
+def engine_config(namespace: argparse.Namespace) -> Any:
+    """The `VllmConfig` of these arguments, with our scheduler and worker extension in it. Raises `FlagError` (one
+    line)."""
+    arguments = AsyncEngineArgs.from_cli_args(namespace)
+    try:
+        if current_platform.is_cpu() and arguments.max_num_batched_tokens is None:
+            # A seeded prompt must not be chunked on CPU (scheduler.py says why): give every prompt room in one step.
+            max_model_len = arguments.create_model_config().max_model_len
+            wanted = max(max_model_len, arguments.max_num_seqs or 256)
+            arguments.max_num_batched_tokens = min(wanted, MAX_CPU_BATCHED_TOKENS)
+        config = arguments.create_engine_config()
+    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise FlagError(f"{namespace.model}: {_first_reason(error)}") from error
+    _place_hooks(config)
+    return config
+
+
+def has_our_hooks(config: Any) -> bool:
+    """False: the user has set a scheduler or worker extension of their own, so no request can be moved."""
+    scheduler_cls = config.scheduler_config.scheduler_cls
+    name = scheduler_cls if isinstance(scheduler_cls, str) else getattr(scheduler_cls, "__module__", "")
+    return str(name).startswith("instance.vllm.") and str(config.parallel_config.worker_extension_cls).startswith(
+        "instance.vllm."
+    )
+
+
+def _place_hooks(config: Any) -> None:
+    """Chosen after the configuration is made: only then it is known whether scheduling is asynchronous."""
+    if config.scheduler_config.scheduler_cls is not None or config.parallel_config.worker_extension_cls:
+        return
+    if compat.why_unsupported() is not None:
+        return  # it serves as it is; `EngineFacts.migration_refused_because` tells
+    kind = "FerryAsyncScheduler" if config.scheduler_config.async_scheduling else "FerryScheduler"
+    config.scheduler_config.scheduler_cls = f"instance.vllm.scheduler.{kind}"
+    config.parallel_config.worker_extension_cls = "instance.vllm.worker.FerryWorkerExtension"
+
+
+def _check_model_path(model: str) -> None:
+    """A path that is not there is reported as such, before the hub is asked for a model of that name."""
+    path = Path(model).expanduser()
+    first = path.parts[0] if path.parts else ""
+    is_local = (
+        model.startswith(("/", ".", "~")) or len(path.parts) > 2 or (len(path.parts) == 2 and Path(first).is_dir())
+    )
+    if not path.exists():
+        if is_local:
+            raise FlagError(f"no model at {model}: there is no such folder")
+        return
+    if path.is_dir() and not any((path / name).is_file() for name in _WEIGHTS):
+        raise FlagError(f"no model at {model}: the folder has no config.json")
+
+
+def _first_reason(error: BaseException) -> str:
+    """The reason inside a pydantic validation error (whose text is a page), or the error's own text."""
+    listing = getattr(error, "errors", None)
+    if callable(listing):
+        details: Any = listing()
+        if details:
+            return _one_line(str(details[0].get("msg", error)))
+    return _one_line(str(error)) or type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]

@@ -1,0 +1,395 @@
+"""How does a request leave vLLM's scheduler, and how does it enter one? A mix-in over both of vLLM's schedulers.
+
+The one mix-in that shares fields with its host: vLLM takes a scheduler class, and there is no port to implement
+instead. It does
+no I/O, and every method runs between two steps. Names of vLLM used here are checked by `compat.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.request import Request, RequestStatus
+
+from instance.vllm.codec import RequestState
+
+T = TypeVar("T")
+
+V2_MAX_STOP_TOKEN_IDS = 128
+"""vLLM's V2 runner dies of a request with min_tokens and more stop token ids than this."""
+
+_PREFILL_FIELDS = (
+    "num_prompt_tokens",
+    "num_computed_tokens",
+    "num_cached_tokens",
+    "num_local_cached_tokens",
+    "num_external_cached_tokens",
+    "num_cache_creation_tokens",
+)
+_STILL_WAITING = (
+    RequestStatus.WAITING,
+    RequestStatus.PREEMPTED,
+    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR,
+)
+
+
+class Rest(Enum):
+    """Whether a request that was taken out of the batch has come to rest."""
+
+    QUIET = "quiet"
+    IN_FLIGHT = "in flight"
+    GONE = "gone"
+    """It finished meanwhile."""
+
+
+class NoRoom(Exception):
+    """The blocks (or the sequence slot) asked for are not to be had; nothing has changed."""
+
+
+def is_seeded(request: Request) -> bool:
+    params = request.sampling_params
+    return params is not None and params.sampling_type == SamplingType.RANDOM_SEED
+
+
+def why_unmovable(request: Request) -> str | None:
+    """One line that says why this request cannot be moved (now), or None."""
+    params = request.sampling_params
+    if params is None:
+        return "it is a pooling request"
+    is_prefilling = 0 < request.num_computed_tokens < request.num_prompt_tokens
+    facts = (
+        (request.resumable, "it is a streaming session"),
+        (request.kv_transfer_params is not None, "its KV is moved by a KV connector"),
+        (request.ec_transfer_params is not None, "its encoder outputs are moved by a connector"),
+        (request.status == RequestStatus.WAITING_FOR_REMOTE_KVS, "its KV is being loaded from elsewhere"),
+        (bool(request.mm_features), "it has multimodal inputs"),
+        (request.prompt_embeds is not None, "its prompt is embeddings"),
+        (request.prompt_token_ids is None, "it has no prompt tokens"),
+        (request.lora_request is not None, "it uses a LoRA adapter"),
+        (params.prompt_logprobs is not None and is_prefilling, "its prompt logprobs are not complete yet"),
+    )
+    return next((reason for is_so, reason in facts if is_so), None)
+
+
+class FerryMixin:
+    """Freeze, export, thaw and release at a source; reserve, grow, commit and cancel at a destination."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ferry_out: dict[str, Request] = {}
+        """Taken out of every queue; blocks still held."""
+        self.ferry_in: dict[str, Request] = {}
+        """Holding blocks, in no queue and not in `requests`."""
+        self.ferry_num_preemptions = 0
+        self.ferry_last_step = (0, 0)
+        """(tokens scheduled, requests that decoded) by the last step."""
+        # As for a KV connector's consumer: incoming blocks are written outside the step stream, so a block freed
+        # while a
+        # step that writes it is in flight must not be handed out yet.
+        if self.vllm_config.max_concurrent_batches > 1:
+            self.defer_block_free = True
+        self._ferry_whole_seeded_prefills = current_platform.is_cpu() and not self.use_v2_model_runner
+
+    # ---- what vLLM calls
+    def schedule(self: Any, throttle_prefills: bool = False) -> Any:
+        parent: Any = super()
+        output = parent.schedule(throttle_prefills)
+        num_decoding = 0
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            num_decoding += request.num_computed_tokens - num_tokens >= request.num_prompt_tokens
+        self.ferry_last_step = (output.total_num_scheduled_tokens, num_decoding)
+        return output
+
+    def _reserve_prefill_lookahead(self: Any, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM asks this last of all before it takes a request into the step, and leaves the request out at 0.
+
+        A seeded request whose prefill is cut kills vLLM 0.32 on CPU (its V1 runner steps the generator back, which CPU
+        generators cannot): leave it, and with it those behind it, for a step in which it fits whole.
+        """
+        parent: Any = super()
+        num_new_tokens = parent._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        is_cut = num_computed_tokens + num_new_tokens < request.num_tokens
+        if is_cut and self._ferry_whole_seeded_prefills and is_seeded(request):
+            return 0
+        return int(num_new_tokens)
+
+    def _preempt_request(self: Any, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        parent: Any = super()
+        parent._preempt_request(request, timestamp, drop_stale_output)
+        self.ferry_num_preemptions += 1
+
+    def finish_requests(self: Any, request_ids: Any, finished_status: RequestStatus) -> Any:
+        parent: Any = super()
+        finished = parent.finish_requests(request_ids, finished_status)
+        for request in finished:
+            self.ferry_out.pop(request.request_id, None)
+        return finished
+
+    # ---- admission
+    def ferry_why_unservable(self: Any, request: Request) -> str | None:
+        """One line that says why this engine could never run this request, or None. Keeps vLLM's fatal faults away."""
+        num_prompt, size = request.num_prompt_tokens, self.block_size
+        if num_prompt >= self.max_model_len and request.sampling_params is not None:
+            return f"the prompt of {num_prompt} tokens leaves no room in a context of {self.max_model_len}"
+        longest = min(num_prompt + request.max_tokens, self.max_model_len)
+        total_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        if -(-longest // size) > total_blocks:
+            return f"{longest} tokens do not fit into {total_blocks} KV blocks of {size}"
+        params = request.sampling_params
+        if params is None:
+            return None
+        if self.use_v2_model_runner and params.min_tokens and len(params.all_stop_token_ids) > V2_MAX_STOP_TOKEN_IDS:
+            return f"min_tokens with more than {V2_MAX_STOP_TOKEN_IDS} stop token ids"
+        if self._ferry_whole_seeded_prefills and is_seeded(request):
+            room = self.max_num_scheduled_tokens
+            if self.need_mamba_block_aligned_split:
+                return "seeded requests cannot run on CPU with this model: vLLM cuts its prefills"
+            if longest > room:
+                return (
+                    f"seeded requests of more than {room} tokens (prompt and max_tokens; this one: {longest}) "
+                    "cannot run on CPU; raise --max-num-batched-tokens"
+                )
+        return None
+
+    # ---- source
+    def ferry_find(self: Any, request_id: str) -> Request | None:
+        request = self.requests.get(request_id)
+        return None if request is None or request.is_finished() else request
+
+    def ferry_settled(self: Any, request: Request) -> int:
+        """Tokens whose KV is written and can no longer change."""
+        return int(max(0, request.num_computed_tokens - request.num_in_flight_tokens))
+
+    def ferry_freeze(self: Any, request: Request) -> None:
+        """Take it out of its queue. The caller has made sure that it is movable."""
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            if self.use_v2_model_runner:
+                self.reset_preempted_req_ids.add(
+                    request.request_id
+                )  # that runner keeps a slot per request: give it back
+        else:
+            assert request.status in _STILL_WAITING, request.status
+            self.waiting.remove_requests([request])
+            self.kv_holding_waiting.remove_requests([request])
+            self.deferred_waiting.discard(request)
+        self._inflight_prefills.discard(request)
+        self.ferry_out[request.request_id] = request
+
+    def ferry_rest(self: Any, request_id: str) -> Rest:
+        request = self.ferry_out[request_id]
+        if self.ferry_find(request_id) is not request:
+            del self.ferry_out[request_id]
+            return Rest.GONE
+        return Rest.IN_FLIGHT if request.num_in_flight_tokens or request.num_output_placeholders else Rest.QUIET
+
+    def ferry_export(self: Any, request_id: str, without_kv: bool, generator: bytes | None) -> RequestState:
+        request = self.ferry_out[request_id]
+        stats = request.prefill_stats
+        return RequestState(
+            version=1,
+            output_token_ids=list(request.output_token_ids),
+            computed_tokens=0 if without_kv else request.num_computed_tokens,
+            has_run=request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED),
+            num_preemptions=request.num_preemptions,
+            stop_reason=request.stop_reason,
+            prefill_stats=None if stats is None else tuple(getattr(stats, name) for name in _PREFILL_FIELDS),
+            num_nans_in_logits=request.num_nans_in_logits,
+            priority=request.priority,
+            generator=generator,
+        )
+
+    def ferry_thaw(self: Any, request_id: str) -> None:
+        """Put it back. Its slot may have been given away: then it waits for one, keeping its KV."""
+        request = self.ferry_out.pop(request_id, None)
+        if request is None or request.is_finished():
+            return
+        if request.status == RequestStatus.RUNNING:
+            if not self.use_v2_model_runner and len(self.running) < self.max_num_active_reqs:
+                self.running.append(request)
+                return
+            request.status = RequestStatus.PREEMPTED
+        (self.kv_holding_waiting if self._holds_kv_blocks(request) else self.waiting).prepend_request(request)
+
+    def ferry_release(self: Any, request_id: str) -> None:
+        """The destination owns it: free it here; vLLM puts out nothing for a request that is finished from outside."""
+        self.ferry_out.pop(request_id, None)
+        self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    # ---- destination
+    def ferry_reserve(self: Any, request: Request, settled_tokens: int, slack_blocks: int) -> int:
+        """Hold blocks for `settled_tokens` and some slack; returns the leading tokens that are cached here already.
+
+        Raises `NoRoom`.
+        """
+        num_coming = len(self.running) + len(self.kv_holding_waiting) + len(self.ferry_in)
+        if settled_tokens and num_coming >= self.max_num_active_reqs:
+            raise NoRoom(f"all {self.max_num_active_reqs} sequence slots are taken")
+        hit = self._ferry_allocate(request, settled_tokens, slack_blocks) if settled_tokens else 0
+        self.ferry_in[request.request_id] = request
+        return hit
+
+    def _ferry_allocate(self: Any, request: Request, settled_tokens: int, slack_blocks: int) -> int:
+        manager, size = self.kv_cache_manager, self.block_size
+        blocks, hit, _ = manager.get_computed_blocks(request)
+        hit = min(hit, settled_tokens) // size * size
+        blocks = manager.truncate_computed_blocks(blocks, hit) if hit else manager.empty_kv_cache_blocks
+        longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        with_slack = max(settled_tokens, min(-(-settled_tokens // size) * size + slack_blocks * size, longest))
+        for wanted in dict.fromkeys((with_slack, settled_tokens)):
+            allocated = self._ferry_without_zeroing(
+                lambda wanted=wanted: manager.allocate_slots(
+                    request,
+                    0,
+                    num_new_computed_tokens=hit,
+                    new_computed_blocks=blocks,
+                    num_external_computed_tokens=wanted - hit,
+                    delay_cache_blocks=True,
+                    reserved_blocks=self._inflight_prefill_reserved_blocks(),
+                )
+            )
+            if allocated is not None:
+                return int(hit)
+        raise NoRoom(f"no {-(-settled_tokens // size)} free KV blocks")
+
+    def ferry_grow(self: Any, request_id: str, num_tokens: int) -> None:
+        """Hold blocks for at least `num_tokens`. Raises `NoRoom`, with everything as it was."""
+        if num_tokens > self.max_model_len:
+            raise NoRoom(f"{num_tokens} tokens are more than a context of {self.max_model_len}")
+        manager = self._ferry_manager()
+        held = manager.req_to_blocks[request_id]
+        num_more = -(-num_tokens // manager.block_size) - len(held)
+        if num_more > manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks():
+            raise NoRoom(f"no {num_more} more free KV blocks")
+        if num_more > 0:
+            held.extend(
+                manager.block_pool.get_new_blocks(num_more)
+            )  # not recorded for zeroing: they are written to at once
+
+    def ferry_commit(self: Any, request_id: str, state: RequestState) -> Request:
+        """Its blocks are written, the runner knows it: make it schedulable, before anything that waits without
+        blocks."""
+        request = self.ferry_in.pop(request_id)
+        self._ferry_restore(request, state)
+        self._ferry_give_back_surplus(request)
+        # The id may still wait to be flushed to the runner as finished, from its last stay here.
+        self.finished_req_ids.discard(request_id)
+        self.requests[request_id] = request
+        if not state.has_run:
+            self._enqueue_waiting_request(request)
+            return request
+        request.status = RequestStatus.PREEMPTED
+        if state.computed_tokens:
+            self.kv_cache_manager.cache_blocks(request, state.computed_tokens)
+            self.kv_holding_waiting.prepend_request(request)
+        else:
+            self.waiting.prepend_request(request)
+        return request
+
+    def _ferry_restore(self: Any, request: Request, state: RequestState) -> None:
+        new_tokens = state.output_token_ids[request.num_output_tokens :]
+        if new_tokens:
+            request.append_output_token_ids(new_tokens)
+        request.num_computed_tokens = state.computed_tokens
+        request.num_preemptions = state.num_preemptions
+        request.stop_reason = state.stop_reason
+        request.num_nans_in_logits = state.num_nans_in_logits
+        request.priority = state.priority
+        request.prefill_stats = None
+        if state.prefill_stats is not None:
+            request.prefill_stats = PrefillStats(**dict(zip(_PREFILL_FIELDS, state.prefill_stats, strict=True)))
+
+    def _ferry_give_back_surplus(self: Any, request: Request) -> None:
+        """Keep what the KV needs and the block of the next token; vLLM would take more for tokens already there."""
+        manager = self._ferry_manager()
+        held = manager.req_to_blocks[request.request_id]
+        computed = request.num_computed_tokens
+        num_kept = -(-min(computed + 1, request.num_tokens) // manager.block_size) if computed else 0
+        surplus = held[num_kept:]
+        del held[num_kept:]
+        manager.block_pool.free_blocks(reversed(surplus))
+        if not held:
+            self.kv_cache_manager.free(request)  # forgets the empty entry and its count of cached blocks
+
+    def ferry_cancel(self: Any, request_id: str) -> None:
+        request = self.ferry_in.pop(request_id, None)
+        if request is not None:
+            self.kv_cache_manager.free(request)
+
+    def ferry_block_table(self: Any, request_id: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(group) for group in self.kv_cache_manager.get_block_ids(request_id))
+
+    def _ferry_manager(self: Any) -> Any:
+        """The one group's manager (engines with several groups move nothing)."""
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        return manager
+
+    def _ferry_without_zeroing(self: Any, allocate: Callable[[], T]) -> T:
+        """Blocks vLLM hands out may be queued for zeroing at the next step, which would wipe what is copied in by
+        then."""
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        recorded = [manager.new_block_ids for manager in managers]
+        for manager in managers:
+            manager.new_block_ids = []
+        try:
+            return allocate()
+        finally:
+            for manager, block_ids in zip(managers, recorded, strict=True):
+                manager.new_block_ids = block_ids
+
+    # ---- accounting
+    def ferry_num_reserved_blocks(self: Any) -> int:
+        """Blocks held only by reservations."""
+        owned = {
+            block for request_id in self.requests for group in self.ferry_block_table(request_id) for block in group
+        }
+        coming = {
+            block for request_id in self.ferry_in for group in self.ferry_block_table(request_id) for block in group
+        }
+        return len(coming - owned)
+
+    def ferry_check_integrity(self: Any) -> None:
+        """Raise AssertionError unless free + held + reserved = total, and every live request stands in exactly one
+        place."""
+        pool = self.kv_cache_manager.block_pool
+        references: Counter[int] = Counter()
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            for request_id, blocks in manager.req_to_blocks.items():
+                if blocks:
+                    assert request_id in self.requests or request_id in self.ferry_in, (
+                        f"blocks of {request_id}, who is gone"
+                    )
+                references.update(block.block_id for block in blocks if not block.is_null)
+        for _, blocks in self.deferred_frees:
+            references.update(block.block_id for block in blocks)
+        for block in pool.blocks:
+            assert block.is_null or block.ref_cnt == references[block.block_id], f"block {block.block_id} miscounted"
+        assert pool.get_num_free_blocks() + len(references) == pool.num_gpu_blocks - 1, (
+            "free + held + reserved != total"
+        )
+        assert not self.ferry_in.keys() & self.requests.keys()
+        places = Counter(request.request_id for request in self.running)
+        places.update(request.request_id for queue in (self.waiting, self.kv_holding_waiting) for request in queue)
+        places.update(self.ferry_out.keys())
+        live = {request_id for request_id, request in self.requests.items() if not request.is_finished()}
+        assert set(places) == live, f"queues {sorted(places)} and requests {sorted(live)} disagree"
+        assert all(count == 1 for count in places.values()), f"in two places: {places}"
+        assert all(request.status == RequestStatus.RUNNING for request in self.running)
+        assert len(self.running) <= self.max_num_running_reqs
+
+
+class FerryScheduler(FerryMixin, Scheduler):
+    """vLLM's synchronous scheduler, with the mix-in."""
+
+
+class FerryAsyncScheduler(FerryMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler, with the mix-in."""
