@@ -1,0 +1,1 @@
+"""The brain and the front door: core, policies, gateways, admin API and command line."""

@@ -1,0 +1,1 @@
+"""The OpenAI front door: vLLM's own app over our engine client, with dispatch inside."""

@@ -1,0 +1,34 @@
+"""What can go wrong at a gateway, and what is the client told?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class GatewayError(Exception):
+    """A gateway cannot start; the text is one line that says what to do about it."""
+
+
+class FailureKind(Enum):
+    """Why a request ended without an answer; each is a metric label and has one HTTP status."""
+
+    NOBODY = "nobody"
+    """No instance serves."""
+    BUSY = "busy"
+    """Instances serve, all refused it for as long as it may wait."""
+    IMPOSSIBLE = "impossible"
+    """No instance could ever run it."""
+    INSTANCE_LOST = "instance_lost"
+    """Its instance died after its first token."""
+    TOKENS_LOST = "tokens_lost"
+    """Tokens are missing and do not come."""
+    STOPPING = "stopping"
+    """This gateway is being stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    kind: FailureKind
+    message: str
+    """One line for the client."""

@@ -1,0 +1,114 @@
+"""What does the gateway add to vLLM's HTTP surface? Headers, `/live`, and the socket it listens on."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import uuid
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orchestrator.gateway.async_llm import header_priority
+from orchestrator.gateway.errors import GatewayError
+
+MAX_REQUEST_ID_CHARS = 128
+RETRY_AFTER_S = 1
+MAX_PRIORITY = 2**31 - 1
+
+
+MIDDLEWARE = f"{__name__}.KvferryHeaders"
+"""For vLLM's own `--middleware`: an app that vLLM has built takes no further one."""
+
+
+class KvferryHeaders:
+    """`x-request-id` is made where it is missing, given to vLLM and echoed; `x-kvferry-priority` is read; 429 and 503
+    say when to come back. Plain ASGI, so that streams pass through untouched."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_headers = Headers(scope=scope)
+        request_id = _usable(request_headers.get("x-request-id")) or uuid.uuid4().hex
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message["headers"])
+                headers["x-request-id"] = request_id
+                if message["status"] in (429, 503):
+                    headers["retry-after"] = str(RETRY_AFTER_S)
+            await send(message)
+
+        raw = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
+        scope = {**scope, "headers": [*raw, (b"x-request-id", request_id.encode())]}
+        priority = request_headers.get("x-kvferry-priority")
+        if priority is not None:
+            number = _priority(priority)
+            if number is None:
+                await _bad_priority()(scope, receive, send_with_headers)
+                return
+            header_priority.set(number)  # a context of its own: uvicorn runs each request in its own task
+        await self.app(scope, receive, send_with_headers)
+
+
+def add_routes(app: FastAPI) -> None:
+    """`/live`: the process answers, whatever the fleet does (`/health` is vLLM's: 503 while no instance serves)."""
+
+    async def live() -> Response:
+        return Response(status_code=200)
+
+    app.add_api_route("/live", live, methods=["GET"], include_in_schema=False)
+
+
+def _usable(request_id: str | None) -> str | None:
+    if not request_id or len(request_id) > MAX_REQUEST_ID_CHARS:
+        return None
+    return request_id if request_id.isascii() and request_id.isprintable() and " " not in request_id else None
+
+
+def _priority(text: str) -> int | None:
+    try:
+        number = int(text)
+    except ValueError:
+        return None
+    return number if -MAX_PRIORITY <= number <= MAX_PRIORITY else None
+
+
+def _bad_priority() -> JSONResponse:
+    message = "x-kvferry-priority must be a whole number (lower is more urgent, 0 is normal)"
+    error = {"message": message, "type": "BadRequestError", "param": "x-kvferry-priority", "code": 400}
+    return JSONResponse({"error": error}, status_code=400)
+
+
+def bind(host: str, port: int, reuse_port: bool) -> socket.socket:
+    """A bound TCP socket; port 0 takes any free one. Raises GatewayError (one line) when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        # Bound is not enough to know: two may bind with SO_REUSEADDR until one of them listens.
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise GatewayError(f"port {port} is in use on {host}: choose another with --port") from error
+        raise GatewayError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    except OverflowError as error:
+        listener.close()
+        raise GatewayError(f"{port} is no port: choose one from 1 to 65535 with --port") from error
+    return listener
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises GatewayError when anybody listens there. Gateways that share a port cannot see a stranger by themselves:
+    whoever starts them asks this first."""
+    bind(host, port, reuse_port=False).close()

@@ -1,0 +1,393 @@
+"""Where is each request of this gateway, and what is to be sent about it? Pure: events in, effects out, `now_s` given.
+
+A request is *waiting* here (everybody refused it, or nobody is there), *unanswered* (sent, not yet accepted), *running*
+at its owner, or *orphaned* (its owner is dead or silent). A lost answer is unknown, not no: what starts anew does so
+under another id, so that nothing said about the first attempt can mix with the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import msgspec
+
+from instance.messages import (
+    Abort,
+    FleetMessage,
+    Frame,
+    LoadReport,
+    OutputEntry,
+    OwnerChanged,
+    Submit,
+    SubmitAnswer,
+    Subscribe,
+)
+from migration.types import Epoch, Incarnation, InstanceId, RequestId
+from orchestrator.gateway.errors import Failure, FailureKind
+from orchestrator.gateway.relay import Owner, OwnerMoved, Relay
+from orchestrator.gateway.types import Deliver, Effect, Fail, Flight, Forget, Outgoing, RouterCounts, RouterParams, Send
+from orchestrator.policy.dispatch import ClusterView, DispatchBook, NoChoice, choose_instance, demand_blocks
+
+
+class Router:
+    """One gateway's requests and members."""
+
+    def __init__(self, address: str, params: RouterParams) -> None:
+        self._address = address
+        self._params = params
+        self.counts = RouterCounts()
+        self.relay = Relay()
+        self._book = DispatchBook()
+        self._members: dict[InstanceId, Incarnation] = {}
+        self._heard_s: dict[InstanceId, float] = {}
+        self._lost: OrderedDict[Owner, None] = OrderedDict()
+        self._flights: dict[RequestId, Flight] = {}
+        self._wire_ids: dict[RequestId, RequestId] = {}
+        """Of requests beyond their first attempt."""
+        self._waiting: set[RequestId] = set()
+        self._unanswered: set[RequestId] = set()
+        self._orphaned: dict[RequestId, float] = {}
+        self._suspect: dict[RequestId, float] = {}
+        """Requests that were there when a member died (they may just have moved to it): when each was last heard of."""
+        self._gap_since: dict[RequestId, float] = {}
+        self._subscribed_s = -math.inf
+        self._arrivals = 0
+
+    # ---- what is known
+    def view(self, now_s: float) -> ClusterView:
+        return self._book.view(now_s)
+
+    def why_nobody_serves(self, now_s: float) -> str | None:
+        """None: at least one instance serves and has said so lately."""
+        choice = choose_instance(self.view(now_s), 0, self._params.dispatch)
+        return choice.reason if isinstance(choice, NoChoice) else None
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._flights)
+
+    # ---- members
+    def set_members(self, members: Iterable[Incarnation], now_s: float) -> list[Effect]:
+        """These are the members now; whoever is not among them any more has ended."""
+        new = {member.instance: member for member in members if (member.instance, member.epoch) not in self._lost}
+        effects: list[Effect] = []
+        for known in list(self._members.values()):
+            kept = new.get(known.instance)
+            if kept is None or kept.epoch != known.epoch:
+                effects += self.on_member_lost(known.instance, known.epoch, now_s)
+        for member in new.values():
+            if member.instance not in self._members:
+                self._heard_s[member.instance] = now_s
+        self._members = new
+        self._book.set_members([(member.instance, member.epoch) for member in new.values()])
+        return effects + self._subscribe(now_s)
+
+    def on_member_lost(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:
+        """This incarnation has ended. What it owned is orphaned: it may turn up elsewhere within the grace."""
+        owner = (instance, epoch)
+        self._lost[owner] = None
+        while len(self._lost) > self._params.max_lost:
+            self._lost.popitem(last=False)
+        self._orphan(owner, now_s)
+        for request_id in self._flights.keys() - self._waiting:
+            self._suspect.setdefault(request_id, now_s)
+        member = self._members.get(instance)
+        if member is None or member.epoch != epoch:
+            return []
+        del self._members[instance]
+        self._heard_s.pop(instance, None)
+        self._book.set_members([(other.instance, other.epoch) for other in self._members.values()])
+        return [Forget(member.address)]
+
+    # ---- requests
+    def submit(self, request: Outgoing, now_s: float) -> list[Effect]:
+        self._arrivals += 1
+        flight = Flight(request, self._arrivals, now_s, request.request_id)
+        self._flights[request.request_id] = flight
+        if any(self._flights[other].request.priority <= request.priority for other in self._waiting):
+            return self._wait(flight, "others wait before it")
+        return self._dispatch(flight, now_s)
+
+    def abort(self, request_ids: Iterable[str]) -> list[Effect]:
+        """The clients are gone: end these requests wherever they are (they may be changing hands: tell everybody)."""
+        sent: list[str] = []
+        for given in map(RequestId, request_ids):
+            request_id = self._wire_ids.get(given, given)
+            if request_id in self._flights:
+                if request_id not in self._waiting:
+                    sent.append(request_id)
+                self._drop(request_id)
+        return self._abort_everywhere(tuple(sent))
+
+    def fail_all(self, failure: Failure) -> list[Effect]:
+        """End every request with this failure, here and at the instances."""
+        request_ids = tuple(self._flights)
+        effects = self._abort_everywhere(request_ids)
+        for request_id in request_ids:
+            effects += self._fail(request_id, failure)
+        return effects
+
+    # ---- what instances say
+    def on_message(self, message: FleetMessage, now_s: float) -> list[Effect]:
+        match message:
+            case Frame():
+                return self._on_frame(message, now_s)
+            case LoadReport():
+                self._on_report(message, now_s)
+                return []
+            case SubmitAnswer():
+                return self._on_answer(message, now_s)
+            case OwnerChanged():
+                owner = (InstanceId(message.instance), Epoch(message.epoch))
+                if owner not in self._lost:
+                    self._on_moves(self.relay.on_owner_changed(RequestId(message.request_id), owner, message.offset))
+                return []
+            case _:
+                return []  # not for a gateway
+
+    def _on_report(self, report: LoadReport, now_s: float) -> None:
+        member = self._members.get(InstanceId(report.instance))
+        if member is None or member.epoch != report.epoch:
+            return
+        self._heard_s[member.instance] = now_s
+        self._book.on_report(report, now_s)
+
+    def _on_frame(self, frame: Frame, now_s: float) -> list[Effect]:
+        sender = (InstanceId(frame.instance), Epoch(frame.epoch))
+        if sender in self._lost:
+            return []
+        self._on_report(frame.load, now_s)
+        relayed = self.relay.on_entries(sender, frame.entries)
+        self._on_moves(relayed.moves)
+        for entry in frame.entries:
+            request_id = RequestId(entry.request_id)
+            self._unanswered.discard(request_id)
+            if request_id in self._suspect:
+                self._suspect[request_id] = (
+                    now_s  # not cleared: this may have been said before it moved to the dead one
+                )
+            if self.relay.has_gap(request_id):
+                self._gap_since.setdefault(request_id, now_s)
+            elif self._gap_since:
+                self._gap_since.pop(request_id, None)
+        entries = tuple(self._as_client_knows_it(entry) for entry in relayed.entries)
+        for entry in relayed.entries:
+            if entry.finish_reason is not None:
+                self._drop(RequestId(entry.request_id))
+        return [Deliver(sender, entries, frame.sent_s)] if entries else []
+
+    def _as_client_knows_it(self, entry: OutputEntry) -> OutputEntry:
+        flight = self._flights[RequestId(entry.request_id)]
+        if flight.attempt == 1:
+            return entry
+        return msgspec.structs.replace(entry, request_id=flight.request.request_id)
+
+    def _on_moves(self, moves: tuple[OwnerMoved, ...]) -> None:
+        for move in moves:
+            self.counts.moved += 1
+            self._orphaned.pop(move.request_id, None)
+            self._unanswered.discard(move.request_id)
+
+    def _on_answer(self, answer: SubmitAnswer, now_s: float) -> list[Effect]:
+        request_id = RequestId(answer.request_id)
+        flight = self._flights.get(request_id)
+        owner = (InstanceId(answer.instance), Epoch(answer.epoch))
+        if flight is None or request_id not in self._unanswered:
+            return []
+        asked = self.relay.owner(request_id)
+        if asked is None or asked[0] != owner[0]:
+            return []
+        self._unanswered.discard(request_id)
+        if answer.refusal is None:
+            return []
+        self.counts.refused += 1
+        self._book.on_not_taken(owner[0], asked[1], flight.sequence)
+        if answer.final:
+            return self._fail(request_id, Failure(FailureKind.IMPOSSIBLE, answer.refusal))
+        flight.refused_by.add(owner[0])
+        flight.last_refusal = f"{answer.instance}: {answer.refusal}"
+        self.relay.close(request_id)
+        return self._dispatch(flight, now_s)
+
+    def on_unsent(self, request_id: str, now_s: float) -> list[Effect]:
+        """A submission could not be queued for its instance: as if refused."""
+        owner = self.relay.owner(RequestId(request_id))
+        if owner is None:
+            return []
+        return self._on_answer(SubmitAnswer(request_id, owner[0], owner[1], "its inbox is full"), now_s)
+
+    # ---- time
+    def tick(self, now_s: float) -> list[Effect]:
+        """Call it every 50 ms or so."""
+        effects: list[Effect] = []
+        if now_s - self._subscribed_s >= self._params.subscribe_every_s:
+            effects += self._subscribe(now_s)
+        for member in self._members.values():
+            if now_s - self._heard_s[member.instance] > self._params.silent_after_s:
+                # It had long enough to say that something moved: no grace.
+                self._orphan((member.instance, member.epoch), now_s - self._params.orphan_grace_s)
+        effects += self._retry_waiting(now_s)
+        effects += self._give_up_unanswered(now_s)
+        effects += self._settle_orphans(now_s)
+        too_long_s = now_s - self._params.gap_timeout_s
+        for request_id in [late for late, since_s in self._gap_since.items() if since_s < too_long_s]:
+            effects += self._abort_everywhere((request_id,))
+            effects += self._fail(request_id, Failure(FailureKind.TOKENS_LOST, "tokens were lost; please retry"))
+        return effects
+
+    def _retry_waiting(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        num_tried = 0
+        for request_id in sorted(self._waiting, key=self._rank):
+            flight = self._flights[request_id]
+            if now_s - flight.unplaced_since_s > self._params.dispatch_timeout_s:
+                effects += self._fail(request_id, self._why_waiting(flight, now_s))
+            elif num_tried < self._params.max_retries_per_tick:
+                num_tried += 1
+                flight.refused_by.clear()
+                effects += self._dispatch(flight, now_s)
+        return effects
+
+    def _rank(self, request_id: RequestId) -> tuple[int, int]:
+        """Order among those that wait: priority (lower is more urgent, as in vLLM), then first come."""
+        flight = self._flights[request_id]
+        return flight.request.priority, flight.arrival
+
+    def _why_waiting(self, flight: Flight, now_s: float) -> Failure:
+        reason = self.why_nobody_serves(now_s)
+        if reason is not None:
+            return Failure(FailureKind.NOBODY, f"{reason}; please retry later")
+        why = f" ({flight.last_refusal})" if flight.last_refusal else ""
+        return Failure(FailureKind.BUSY, f"every instance is busy{why}; please retry later")
+
+    def _give_up_unanswered(self, now_s: float) -> list[Effect]:
+        # The same id is never sent twice to an instance that has not refused it: the first may have run, and moved.
+        effects: list[Effect] = []
+        late_s = now_s - self._params.unanswered_for_s
+        for request_id in [one for one in self._unanswered if self._flights[one].sent_s < late_s]:
+            effects += self._abort_everywhere((request_id,))
+            effects += self._start_anew(self._flights[request_id], now_s)
+        return effects
+
+    def _settle_orphans(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        over = [one for one, since in self._orphaned.items() if now_s - since >= self._params.orphan_grace_s]
+        over += [one for one, since in self._suspect.items() if now_s - since > self._params.suspect_for_s]
+        for request_id in over:
+            flight = self._flights.get(request_id)
+            if flight is None:
+                continue  # it was on both lists
+            if self.relay.num_tokens(request_id) or self.relay.has_gap(request_id):
+                effects += self._abort_everywhere((request_id,))
+                message = "the instance that ran this request was lost; please retry"
+                effects += self._fail(request_id, Failure(FailureKind.INSTANCE_LOST, message))
+                continue
+            # No token was seen, so it may start anew. The old owner may only be slow: end it there.
+            effects += self._abort_everywhere((request_id,))
+            flight.unplaced_since_s = now_s
+            effects += self._start_anew(flight, now_s)
+        return effects
+
+    def _start_anew(self, flight: Flight, now_s: float) -> list[Effect]:
+        if flight.attempt == self._params.max_attempts:
+            message = f"{flight.attempt} instances were lost before they answered; please retry later"
+            return self._fail(flight.wire_id, Failure(FailureKind.INSTANCE_LOST, message))
+        self._drop(flight.wire_id)
+        self.counts.redispatched += 1
+        flight.attempt += 1
+        flight.wire_id = RequestId(f"{flight.request.request_id}~{flight.attempt}")
+        self._flights[flight.wire_id] = flight
+        self._wire_ids[flight.request.request_id] = flight.wire_id
+        return self._dispatch(flight, now_s)
+
+    # ---- parts
+    def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
+        request = flight.request
+        view = self.view(now_s)
+        demand = demand_blocks(request.num_prompt_tokens, view)
+        choice = choose_instance(view, demand, self._params.dispatch, flight.refused_by)
+        if isinstance(choice, NoChoice):
+            return self._wait(flight, choice.reason)
+        member = self._members[choice.instance]
+        flight.sequence = self._book.on_dispatched(choice.instance, demand, now_s)
+        flight.sent_s = now_s
+        self.relay.open(flight.wire_id, (member.instance, member.epoch))
+        self._waiting.discard(flight.wire_id)
+        self._unanswered.add(flight.wire_id)
+        self.counts.dispatched += 1
+        return [self._submit_message(flight, member)]
+
+    def _submit_message(self, flight: Flight, member: Incarnation) -> Send:
+        request = flight.request
+        message = Submit(
+            request_id=flight.wire_id,
+            external_id=request.external_id,
+            gateway_address=self._address,
+            epoch=member.epoch,
+            sequence=flight.sequence,
+            priority=request.priority,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_tokens=request.max_tokens,
+            payload=request.payload if flight.attempt == 1 else request.payload_as(flight.wire_id),
+        )
+        return Send(member.address, message)
+
+    def _wait(self, flight: Flight, reason: str) -> list[Effect]:
+        request_id = flight.wire_id
+        if request_id in self._waiting:
+            return []
+        if len(self._waiting) >= self._params.max_waiting:
+            failure = Failure(FailureKind.BUSY, f"{len(self._waiting)} requests wait already; please retry later")
+            return self._fail(request_id, failure)
+        flight.last_refusal = flight.last_refusal or reason
+        self._waiting.add(request_id)
+        return []
+
+    def _fail(self, request_id: RequestId, failure: Failure) -> list[Effect]:
+        client_id = self._flights[request_id].request.request_id
+        self._drop(request_id)
+        self.counts.failed[failure.kind] += 1
+        return [Fail(client_id, failure)]
+
+    def _drop(self, request_id: RequestId) -> None:
+        flight = self._flights.pop(request_id, None)
+        if flight is not None:
+            self._wire_ids.pop(flight.request.request_id, None)
+        self._waiting.discard(request_id)
+        self._unanswered.discard(request_id)
+        for since in (self._orphaned, self._suspect, self._gap_since):
+            since.pop(request_id, None)
+        self.relay.close(request_id)
+
+    def _orphan(self, owner: Owner, since_s: float) -> None:
+        for request_id in self.relay.owned_by(owner):
+            self._orphaned.setdefault(request_id, since_s)
+
+    def _abort_everywhere(self, request_ids: tuple[str, ...]) -> list[Effect]:
+        if not request_ids:
+            return []
+        return [Send(member.address, Abort(request_ids)) for member in self._members.values()]
+
+    def _subscribe(self, now_s: float) -> list[Effect]:
+        self._subscribed_s = now_s
+        message = Subscribe(self._address, self._params.subscribe_lease_s)
+        return [Send(member.address, message) for member in self._members.values()]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every request is in the states it may be in together."""
+        self.relay.check_integrity()
+        self._book.check_integrity()
+        assert set(self._wire_ids.values()) <= self._flights.keys()
+        for group in (
+            self._waiting,
+            self._unanswered,
+            self._orphaned.keys(),
+            self._suspect.keys(),
+            self._gap_since.keys(),
+        ):
+            assert set(group) <= self._flights.keys(), "a request that ended is still listed"
+        assert not self._waiting & self._unanswered, "a waiting request was sent"
+        for request_id in self._flights.keys() - self._waiting:
+            assert request_id in self.relay, "a request that was sent has no stream"

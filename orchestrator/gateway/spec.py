@@ -1,0 +1,45 @@
+"""What must a gateway be told to start, and who are its members? (msgspec JSON between Ray actors.)"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class GatewayConfig(msgspec.Struct, frozen=True):
+    """One gateway to start."""
+
+    argv: tuple[str, ...]
+    """`vllm serve` arguments, the model first, exactly as a user would write them; host and port come from below."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free port."""
+    gateway: str = "gateway-0"
+    reuse_port: bool = False
+    """True: other gateways of this fleet listen on the same port (SO_REUSEPORT)."""
+    inbox_host: str = "127.0.0.1"
+    """Address the inbox binds to and instances reach it at."""
+    dispatch_timeout_s: float = 5.0
+    """How long a request waits here while every instance refuses it."""
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One instance a gateway may use."""
+
+    instance: str
+    epoch: int
+    address: str
+    """Where its inbox listens."""
+    actor_name: str = ""
+    """Its Ray actor, whose end is its death notice; empty: nobody gives one, its silence must do."""
+    state: str = "serving"
+    """As the orchestrator last knew; the instance's own reports are what counts."""
+
+
+class GatewayStarted(msgspec.Struct, frozen=True):
+    """What the actor's `start` returns."""
+
+    gateway: str
+    address: str
+    """Where its inbox listens."""
+    url: str
+    """`http://host:port`."""

@@ -1,0 +1,108 @@
+"""What are the values the router of a gateway takes in and gives out?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from instance.messages import FleetMessage, OutputEntry
+from migration.types import InstanceId, RequestId
+from orchestrator.gateway.errors import Failure, FailureKind
+from orchestrator.gateway.relay import Owner
+from orchestrator.policy.dispatch import DispatchParams
+
+
+@dataclass(frozen=True, slots=True)
+class RouterParams:
+    dispatch: DispatchParams = field(default_factory=DispatchParams)
+    max_waiting: int = 4096
+    max_retries_per_tick: int = 64
+    max_lost: int = 1024
+    """Ended incarnations remembered, whose late messages are dropped."""
+    dispatch_timeout_s: float = 5.0
+    """How long a request may wait here before it fails with BUSY or NOBODY."""
+    unanswered_for_s: float = 10.0
+    """A submission that was neither answered nor gave a token for so long is taken back and made anew."""
+    max_attempts: int = 5
+    silent_after_s: float = 10.0
+    """A member that says nothing for so long has lost its requests."""
+    orphan_grace_s: float = 0.5
+    """A request whose owner is gone may just have moved: the news has this long to arrive."""
+    suspect_for_s: float = 60.0
+    """When a member dies, any request may just have moved there, unheard: silent for so long, it counts as lost."""
+    gap_timeout_s: float = 10.0
+    subscribe_every_s: float = 1.0
+    subscribe_lease_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request as vLLM's front end hands it over."""
+
+    request_id: RequestId
+    external_id: str
+    priority: int
+    num_prompt_tokens: int
+    max_tokens: int
+    payload: bytes
+    payload_as: Callable[[RequestId], bytes]
+    """The same request under another id: a second attempt gets one of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    address: str
+    message: FleetMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Close the connection to a dead peer."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Output for the clients, in order."""
+
+    sender: Owner
+    entries: tuple[OutputEntry, ...]
+    sent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    request_id: RequestId
+    failure: Failure
+
+
+Effect = Send | Forget | Deliver | Fail
+
+
+@dataclass(slots=True)
+class Flight:
+    """A request on its way, as the router keeps it."""
+
+    request: Outgoing
+    arrival: int
+    unplaced_since_s: float
+    """Since when it looks for an instance."""
+    wire_id: RequestId
+    """Its id at the instances; the keys of the router and the relay."""
+    attempt: int = 1
+    refused_by: set[InstanceId] = field(default_factory=set)
+    last_refusal: str = ""
+    sequence: int = 0
+    sent_s: float = 0.0
+
+
+@dataclass(slots=True)
+class RouterCounts:
+    dispatched: int = 0
+    refused: int = 0
+    redispatched: int = 0
+    """Started anew: the first instance died, or never answered, before any token."""
+    moved: int = 0
+    """Requests that changed hands."""
+    failed: dict[FailureKind, int] = field(default_factory=lambda: dict.fromkeys(FailureKind, 0))

@@ -1,0 +1,1 @@
+"""Pure decisions: frozen view and parameters in, plan with its reason out."""
