@@ -1,0 +1,244 @@
+"""Who runs a migration? The asyncio shells: `SourceDriver` for one that leaves, `IncomingTable` for all that come in.
+
+A shell applies each event to its machine at once and starts every effect as a task of its own group; the answer of the
+effect is the next event. So a machine is never entered twice, and what a task raises ends the shell and is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+
+from migration import effects as ef
+from migration import events as ev
+from migration.alarms import Alarms
+from migration.effects import SourceEffect
+from migration.errors import ChannelClosed, CopyFailed, EngineFault, RemoteProtocolError
+from migration.events import SourceEvent
+from migration.incoming import IncomingReport, IncomingTable
+from migration.messages import ToSource
+from migration.params import MigrationParams
+from migration.ports import BlockMover, ControlChannel, SourceEngine
+from migration.source import SourceMachine
+from migration.table import SourceState
+from migration.types import Migration, MigrationReport, NotStopped, Refusal
+
+__all__ = ["IncomingReport", "IncomingTable", "SourceDriver"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class SourceDriver:
+    """Runs one migration at its source. `run` once; the other calls are synchronous and come from the same loop."""
+
+    def __init__(
+        self,
+        migration: Migration,
+        params: MigrationParams,
+        *,
+        channel: ControlChannel,
+        engine: SourceEngine,
+        mover: BlockMover,
+    ) -> None:
+        self.migration = migration
+        self.num_protocol_errors = 0
+        """Messages the peer should not have sent; they were dropped."""
+        self._params = params
+        self._machine = SourceMachine(migration, params)
+        self._channel = channel
+        self._engine = engine
+        self._mover = mover
+        self._tasks: asyncio.TaskGroup | None = None
+        self._alarms: Alarms | None = None
+        self._to_finish: set[asyncio.Task[None]] = set()
+        """Sends and the like, which the end does not cut short."""
+        self._copying: asyncio.Task[None] | None = None
+        self._children: set[asyncio.Task[None]] = set()
+        self._done = asyncio.Event()
+        self._before_start: list[SourceEvent] = []
+
+    @property
+    def state(self) -> SourceState:
+        return self._machine.state
+
+    @property
+    def is_client_gone(self) -> bool:
+        """The client left. If the outcome is COMMITTED all the same, the agent passes the abort on."""
+        return self._machine.is_client_gone
+
+    async def run(self) -> MigrationReport:
+        """Until the end, whatever it is. Cancelling it puts a stopped request back unless `Commit` was sent."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._alarms = Alarms(self._tasks, lambda timer: self._apply(ev.TimerFired(timer)))
+                self._apply(ev.Started())
+                for event in self._before_start:
+                    self._apply(event)
+                try:
+                    await self._done.wait()
+                except asyncio.CancelledError:
+                    await self._wind_up()
+                    raise
+                await self._last_words()
+                self._cancel_children()
+        finally:
+            self._tasks = None
+        return self._machine.report()
+
+    def deliver(self, message: ToSource) -> None:
+        """A message of the destination. One that the protocol does not allow now is counted, logged and dropped."""
+        if self._tasks is None:
+            return  # before the start or after the end: a stray repetition
+        try:
+            self._apply(message)
+        except RemoteProtocolError as error:
+            self.num_protocol_errors += 1
+            _LOG.warning("%s: dropped a message: %s", self.migration.migration_id, error)
+
+    def client_aborted(self) -> None:
+        """The client left. The agent aborts the request in the engine as well."""
+        self._tell(ev.ClientAborted())
+
+    def peer_lost(self) -> None:
+        """The destination's epoch has ended: it does not run the request and never will."""
+        self._tell(ev.DestinationLost())
+
+    def cancel(self, reason: str) -> None:
+        """Give up (a drain was called off, say); has no effect once `Commit` was sent."""
+        self._tell(ev.Withdrawn(reason))
+
+    def check_integrity(self) -> None:
+        self._machine.check_integrity()
+
+    def _tell(self, event: SourceEvent) -> None:
+        if self._machine.state is SourceState.IDLE:
+            self._before_start.append(event)
+        elif self._tasks is not None:
+            self._apply(event)
+
+    def _apply(self, event: SourceEvent) -> None:
+        if self._done.is_set():
+            return
+        for effect in self._machine.on(event, asyncio.get_running_loop().time()):
+            self._start(effect)
+        if self._machine.is_done:
+            self._done.set()
+
+    def _start(self, effect: SourceEffect) -> None:
+        assert self._alarms is not None
+        match effect:
+            case ef.SetTimer(timer, after_s):
+                self._alarms.set(timer, after_s)
+            case ef.ClearTimer(timer):
+                self._alarms.clear(timer)
+            case ef.Send():
+                self._finish(self._send(effect))
+            case ef.CopyBlocks():
+                self._copying = self._spawn(self._copy(effect))
+            case ef.ForgetCopy():
+                if self._copying is not None:
+                    self._copying.cancel()
+                self._finish(self._forget())
+            case ef.DescribeRequest():
+                self._spawn(self._visit(self._describe))
+            case ef.ReadProgress():
+                self._spawn(self._visit(self._read_progress))
+            case ef.StopRequest(without_kv):
+                self._spawn(self._visit(lambda: self._stop(without_kv)))
+            case ef.ResumeRequest():
+                self._spawn(self._visit(self._resume))
+            case ef.ReleaseRequest():
+                self._spawn(self._visit(self._release))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        assert self._tasks is not None
+        task = self._tasks.create_task(work)
+        self._children.add(task)
+        task.add_done_callback(self._children.discard)
+        return task
+
+    def _finish(self, work: Coroutine[None, None, None]) -> None:
+        task = self._spawn(work)
+        self._to_finish.add(task)
+        task.add_done_callback(self._to_finish.discard)
+
+    async def _forget(self) -> None:
+        try:
+            await self._mover.close(self.migration.migration_id)
+        except CopyFailed as error:
+            _LOG.warning("%s: the copy could not be forgotten: %s", self.migration.migration_id, error)
+
+    async def _send(self, effect: ef.Send) -> None:
+        try:
+            await self._channel.send(effect.message)
+        except ChannelClosed as error:
+            self._apply(ev.SendFailed(str(error)))
+
+    async def _copy(self, effect: ef.CopyBlocks) -> None:
+        event: SourceEvent
+        try:
+            receipt = await self._mover.push(
+                self.migration.migration_id, effect.endpoints, effect.block_table, effect.blocks, urgent=effect.urgent
+            )
+            event = ev.BlocksCopied(receipt)
+        except CopyFailed as error:
+            event = ev.CopyBroken(str(error))
+        self._copying = None  # first: the event may end the copy, which must not cancel this task
+        self._apply(event)
+
+    async def _visit(self, visit: Callable[[], Coroutine[None, None, SourceEvent]]) -> None:
+        try:
+            event = await visit()
+        except EngineFault as error:
+            event = ev.EngineFailed(str(error))
+        self._apply(event)
+
+    async def _describe(self) -> SourceEvent:
+        match await self._engine.describe(self.migration.request_id):
+            case None:
+                return ev.RequestGone()
+            case Refusal(reason):
+                return ev.RequestUnmovable(reason)
+            case description:
+                return ev.RequestDescribed(description)
+
+    async def _read_progress(self) -> SourceEvent:
+        progress = await self._engine.progress(self.migration.request_id)
+        return ev.RequestGone() if progress is None else ev.ProgressRead(progress)
+
+    async def _stop(self, without_kv: bool) -> SourceEvent:
+        stopped = await self._engine.stop(self.migration.request_id, without_kv=without_kv)
+        return ev.StopDeclined(stopped) if isinstance(stopped, NotStopped) else ev.StopGranted(stopped)
+
+    async def _resume(self) -> SourceEvent:
+        await self._engine.resume(self.migration.request_id)
+        return ev.RequestResumed()
+
+    async def _release(self) -> SourceEvent:
+        await self._engine.release(self.migration.request_id)
+        return ev.RequestReleased()
+
+    async def _wind_up(self) -> None:
+        """Our task was cancelled: put a stopped request back, say `Cancel` once, and wait no longer for answers."""
+        if self._machine.state is SourceState.COMMITTING:
+            _LOG.error("%s: cancelled while the owner is unknown; left stopped", self.migration.migration_id)
+            return
+        self._apply(ev.Withdrawn("its driver was cancelled"))
+        self._apply(ev.Withdrawn("its driver was cancelled"))
+        try:
+            async with asyncio.timeout(self._params.shutdown_grace_s):
+                await self._done.wait()
+        except TimeoutError:
+            _LOG.error("%s: still %s after the grace", self.migration.migration_id, self._machine.state.value)
+        await self._last_words()
+
+    async def _last_words(self) -> None:
+        if self._to_finish:
+            await asyncio.wait(set(self._to_finish), timeout=self._params.shutdown_grace_s)
+
+    def _cancel_children(self) -> None:
+        assert self._alarms is not None
+        self._alarms.clear_all()
+        for task in tuple(self._children):
+            task.cancel()

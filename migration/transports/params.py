@@ -1,0 +1,47 @@
+"""Which bounds does a carrier have? Chunk size, pacing, pool and connection limits, each with its name and default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierParams:
+    """Bounds of one rank's carriers, both ends."""
+
+    chunk_bytes: int = 1 << 20
+    """Bytes gathered, sent and scattered at once (at least one block index)."""
+    max_chunk_bytes: int = 64 << 20
+    """A receiver holds a buffer of at most this size a connection and refuses larger chunks."""
+    bytes_per_s: float | None = None
+    """Budget of one push that is not urgent; the first chunk is free. None: as fast as it goes."""
+    num_slots: int = 3
+    """Chunks in flight through a shared memory segment."""
+    checksum: bool = False
+    """crc32 over every chunk."""
+    max_connections: int = 32
+    """Connections a receiver serves at once."""
+    max_idle: int = 4
+    """Idle connections a sender keeps for each peer."""
+    max_tickets: int = 256
+    """Migrations a receiver has open at once."""
+    stall_s: float = 30.0
+    """A push of which nothing comes for so long is given up by the receiver."""
+    handshake_s: float = 5.0
+    """A connection that has not said who it is by then is closed."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.chunk_bytes <= self.max_chunk_bytes:
+            raise ValueError("chunk_bytes must lie in (0, max_chunk_bytes]")
+        if self.bytes_per_s is not None and self.bytes_per_s <= 0:
+            raise ValueError("bytes_per_s must be positive (None: no pacing)")
+        if (
+            min(self.num_slots - 1, self.max_connections, self.max_tickets, self.handshake_s, self.stall_s) <= 0
+            or self.max_idle < 0
+        ):
+            raise ValueError("num_slots must be at least 2, the other bounds positive")
+
+    @property
+    def max_segment_bytes(self) -> int:
+        """A receiver maps at most so large a segment."""
+        return 4 * self.max_chunk_bytes

@@ -1,0 +1,220 @@
+"""How do blocks get to a peer? The sending end of one rank: chunk by chunk, paced, over the carrier its URL names."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from migration.errors import CopyFailed, MalformedMessage
+from migration.stages import chunks_of
+from migration.transports.frames import Begin, FrameKind, Landed
+from migration.transports.memory import MemoryHub
+from migration.transports.params import CarrierParams
+from migration.transports.pool import Connection, ConnectionPool
+from migration.transports.shm import Segment, slots_freed
+from migration.transports.store import KVStore
+from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
+
+_WHY_S = 0.2
+"""After a broken send: how long to look for the peer's reason."""
+
+
+@dataclass(slots=True)
+class _Push:
+    """One push under way."""
+
+    migration_id: MigrationId
+    url: str
+    block_table: BlockTable
+    chunks: Sequence[BlockRange]
+    deadline_s: float
+    bytes_per_s: float | None
+    index_bytes: int
+    is_broken_off: threading.Event = field(default_factory=threading.Event)
+    connection: Connection | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    def ids(self, blocks: BlockRange) -> BlockTable:
+        return tuple(group[blocks.first : blocks.end] for group in self.block_table)
+
+    def wait_turn(self, chunk_index: int) -> None:
+        """Wait until the budget allows this chunk. Raises `CopyFailed` when broken off or out of time."""
+        if self.bytes_per_s is not None and chunk_index:
+            sent_bytes = (self.chunks[chunk_index].first - self.chunks[0].first) * self.index_bytes
+            turn_s = min(self.started_s + sent_bytes / self.bytes_per_s, self.deadline_s)
+            wait_s = turn_s - time.monotonic()
+            if wait_s > 0:
+                self.is_broken_off.wait(wait_s)
+        if self.is_broken_off.is_set():
+            raise CopyFailed("broken off")
+        if time.monotonic() >= self.deadline_s:
+            raise CopyFailed("the deadline passed")
+
+
+class BlockSender:
+    """The sending end of one rank. Thread-safe; a migration has one push at a time."""
+
+    def __init__(self, store: KVStore, token: bytes, params: CarrierParams, hub: MemoryHub | None = None) -> None:
+        self._store = store
+        self._token = token
+        self._params = params
+        self._hub = hub
+        self._pool = ConnectionPool(store.layout, token, params)
+        self._gatherer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-gather")
+        self._lock = threading.Lock()
+        self._pushes: dict[MigrationId, _Push] = {}
+
+    @property
+    def num_idle_connections(self) -> int:
+        return self._pool.num_idle
+
+    def push(
+        self,
+        migration_id: MigrationId,
+        url: str,
+        block_table: BlockTable,
+        blocks: BlockRange,
+        *,
+        timeout_s: float,
+        urgent: bool = False,
+    ) -> CopyReceipt:
+        """Copy these block indexes of `block_table` (physical ids here) to the peer; return when it has written them.
+
+        `urgent`: ignore the budget `bytes_per_s`. Raises `CopyFailed` (reason) when the peer refused or died, the
+        time-out passed, or `break_off` was called; nothing may be assumed landed then.
+        """
+        if blocks.first < 0 or any(blocks.end > len(group) for group in block_table):
+            raise CopyFailed(f"blocks {blocks.first}..{blocks.end} lie outside the source's table")
+        if not len(blocks):
+            return CopyReceipt(0, 0)
+        push = _Push(
+            migration_id,
+            url,
+            block_table,
+            chunks_of(blocks, self._pool.chunk_blocks),
+            time.monotonic() + timeout_s,
+            None if urgent else self._params.bytes_per_s,
+            self._store.layout.index_bytes,
+        )
+        with self._lock:
+            if migration_id in self._pushes:
+                raise CopyFailed("a push of this migration is under way")
+            self._pushes[migration_id] = push
+        try:
+            if url.startswith("memory://"):
+                return self._push_in_memory(push)
+            return self._push_by_socket(push)
+        except (OSError, MalformedMessage) as error:
+            reason = "broken off" if push.is_broken_off.is_set() else f"{url}: {error or type(error).__name__}"
+            raise CopyFailed(reason) from error
+        finally:
+            with self._lock:
+                del self._pushes[migration_id]
+
+    def break_off(self, migration_id: MigrationId) -> None:
+        """Let a push of this migration that is under way fail now. Unknown ids are ignored."""
+        with self._lock:
+            push = self._pushes.get(migration_id)
+            if push is not None:
+                push.is_broken_off.set()
+                if push.connection is not None:
+                    push.connection.frames.close()
+
+    def close(self) -> None:
+        """Break off every push and close every connection."""
+        with self._lock:
+            migration_ids = list(self._pushes)
+        for migration_id in migration_ids:
+            self.break_off(migration_id)
+        self._pool.close()
+        self._gatherer.shutdown()
+
+    def _push_in_memory(self, push: _Push) -> CopyReceipt:
+        if self._hub is None:
+            raise CopyFailed("this sender knows no memory hub")
+        receiver = self._hub.find(push.url)
+        if receiver.token != self._token:
+            raise CopyFailed("wrong token")
+        if receiver.store.layout.group_block_bytes != self._store.layout.group_block_bytes:
+            raise CopyFailed("the sender's blocks have another size")
+        num_bytes = 0
+        for chunk_index, blocks in enumerate(push.chunks):
+            push.wait_turn(chunk_index)
+            data = memoryview(bytearray(len(blocks) * push.index_bytes))
+            self._store.gather(push.ids(blocks), data)
+            with receiver.tickets.writing(push.migration_id, blocks) as block_ids:
+                receiver.store.scatter(block_ids, data)
+            num_bytes += len(data)
+        return CopyReceipt(push.chunks[-1].end - push.chunks[0].first, num_bytes)
+
+    def _push_by_socket(self, push: _Push) -> CopyReceipt:
+        connection = self._pool.take(push.url, push.deadline_s)
+        with self._lock:
+            push.connection = connection
+        has_landed = False
+        try:
+            landed = self._converse(push, connection)
+            has_landed = True
+        finally:
+            with self._lock:
+                push.connection = None
+            if has_landed and not push.is_broken_off.is_set():
+                self._pool.give(push.url, connection)
+            else:
+                connection.frames.close()
+        return CopyReceipt(landed.num_blocks, landed.num_bytes)
+
+    def _converse(self, push: _Push, connection: Connection) -> Landed:
+        frames = connection.frames
+        frames.set_deadline(push.deadline_s)
+        first, end = push.chunks[0].first, push.chunks[-1].end
+        begin = Begin(push.migration_id, first, end, self._pool.chunk_blocks, self._params.checksum)
+        try:
+            frames.send(FrameKind.BEGIN, begin)
+            if connection.segment is None:
+                self._send_chunks(push, connection)
+            else:
+                self._fill_slots(push, connection, connection.segment)
+        except (BrokenPipeError, ConnectionResetError):
+            frames.set_deadline(time.monotonic() + _WHY_S)
+            frames.expect(FrameKind.LANDED)  # raises the peer's reason if it left one
+            raise
+        frames.set_deadline(push.deadline_s)
+        return frames.receive_control(frames.expect(FrameKind.LANDED), Landed)
+
+    def _send_chunks(self, push: _Push, connection: Connection) -> None:
+        """Through the socket: chunk k + 1 is gathered by another thread while chunk k is sent."""
+        data, crc32 = self._gather(push, connection, 0)
+        for chunk_index, blocks in enumerate(push.chunks):
+            push.wait_turn(chunk_index)
+            upcoming: Future[tuple[memoryview, int]] | None = None
+            if chunk_index + 1 < len(push.chunks):
+                upcoming = self._gatherer.submit(self._gather, push, connection, chunk_index + 1)
+                if connection.frames.has_input():  # it can only be a refusal: do not send the rest into the void
+                    connection.frames.expect(FrameKind.LANDED)
+            connection.frames.set_deadline(push.deadline_s)
+            connection.frames.send_chunk(FrameKind.CHUNK, blocks.first, len(blocks), crc32, data)
+            if upcoming is not None:
+                data, crc32 = upcoming.result()
+
+    def _gather(self, push: _Push, connection: Connection, chunk_index: int) -> tuple[memoryview, int]:
+        blocks = push.chunks[chunk_index]
+        data = connection.buffer(chunk_index, len(blocks) * push.index_bytes)
+        self._store.gather(push.ids(blocks), data)
+        return data, zlib.crc32(data) if self._params.checksum else 0
+
+    def _fill_slots(self, push: _Push, connection: Connection, segment: Segment) -> None:
+        """Through shared memory: gathered straight into a slot, which the receiver frees when it has scattered it."""
+        freed = slots_freed(connection.frames, segment)
+        for chunk_index, blocks in enumerate(push.chunks):
+            push.wait_turn(chunk_index)
+            connection.frames.set_deadline(push.deadline_s)
+            next(freed)
+            data = segment.slot(chunk_index, len(blocks) * push.index_bytes)
+            self._store.gather(push.ids(blocks), data)
+            crc32 = zlib.crc32(data) if self._params.checksum else 0
+            connection.frames.send_chunk(FrameKind.SLOT_CHUNK, blocks.first, len(blocks), crc32, None)

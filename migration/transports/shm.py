@@ -1,0 +1,93 @@
+"""How do bytes cross between two processes of one host without a socket copy? A sealed memory segment with slots.
+
+The segment is an anonymous memory file of the sender (nothing in a file system, so a kill leaves nothing behind),
+which the receiver maps through ``/proc/<pid>/fd/<n>``: same user and process namespace, or it cannot and the socket is
+used instead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hmac
+import mmap
+import os
+import re
+import secrets
+from collections.abc import Iterator
+
+from migration.transports.frames import FrameKind, FrameSocket, SegmentOffer
+
+_HEADER_BYTES = mmap.PAGESIZE
+_NONCE_BYTES = 32
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_PATH = re.compile(r"/proc/[0-9]{1,10}/fd/[0-9]{1,10}")
+
+
+class Segment:
+    """A mapped segment, at either end: a header page with the nonce, then slots of equal size."""
+
+    def __init__(self, memory: mmap.mmap, num_slots: int, slot_bytes: int) -> None:
+        self._view = memoryview(memory)
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+
+    def slot(self, index: int, num_bytes: int) -> memoryview:
+        """The first `num_bytes` of the slot that the chunk of this index (0, 1, ... in a push) uses."""
+        start = _HEADER_BYTES + (index % self.num_slots) * self.slot_bytes
+        return self._view[start : start + num_bytes]
+
+
+class OfferedSegment:
+    """The sender's side until the receiver has answered: the memory file is open only meanwhile."""
+
+    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+        size = _HEADER_BYTES + num_slots * slot_bytes
+        self._fd = os.memfd_create("kvferry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, size)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            memory = mmap.mmap(self._fd, size)
+        except OSError:
+            self.close()
+            raise
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        memory[:_NONCE_BYTES] = nonce
+        self.segment = Segment(memory, num_slots, slot_bytes)
+        self.offer = SegmentOffer(f"/proc/{os.getpid()}/fd/{self._fd}", num_slots, slot_bytes, nonce)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def map_segment(offer: SegmentOffer, max_bytes: int) -> Segment | None:
+    """The receiver's side. None: not on this host (or not allowed), too large, or not the memory that was offered."""
+    size = _HEADER_BYTES + offer.num_slots * offer.slot_bytes
+    if not _PATH.fullmatch(offer.path) or not 0 < offer.num_slots * offer.slot_bytes <= max_bytes:
+        return None
+    if len(offer.nonce) != _NONCE_BYTES:
+        return None
+    try:
+        fd = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        # Sealed against shrinking, or the peer could make our reads fault.
+        if os.fstat(fd).st_size != size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            return None
+        memory = mmap.mmap(fd, size)
+    except OSError:
+        return None  # no memory file: another host's path that happens to exist here
+    finally:
+        os.close(fd)
+    if not hmac.compare_digest(memory[:_NONCE_BYTES], offer.nonce):
+        return None
+    return Segment(memory, offer.num_slots, offer.slot_bytes)
+
+
+def slots_freed(frames: FrameSocket, segment: Segment) -> Iterator[None]:
+    """Yields once for each chunk, in order, when its slot may be written: at once at first, then after `SLOT_FREE`."""
+    for _ in range(segment.num_slots):
+        yield
+    while True:
+        frames.expect(FrameKind.SLOT_FREE)
+        yield

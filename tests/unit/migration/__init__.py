@@ -1,0 +1,1 @@
+"""The migration package's pure parts, and its drivers on a jumping clock."""
