@@ -1,0 +1,342 @@
+"""Who answers for an instance? The agent: submissions, aborts, subscriptions, frames, reports, migrations; on asyncio.
+
+It never touches the engine but through `EngineLoop`, and never waits for it while it answers the fleet: reports leave
+on time during the longest prefill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from instance.errors import EngineFailed
+from instance.lifecycle import State, follow
+from instance.loop import EngineLoop, StepDone
+from instance.mailbox import Mailbox
+from instance.messages import (
+    Abort,
+    FleetMessage,
+    Frame,
+    LoadReport,
+    MigrationEnvelope,
+    RequestLoad,
+    RequestReport,
+    Submit,
+    SubmitAnswer,
+    Subscribe,
+)
+from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
+from instance.report import Standing, Subscribers, load_report, smooth_step_time
+from instance.spec import InstanceSpec, MigrationSummary
+from instance.stream import StreamTable, Tombstones
+from instance.types import EngineFacts, EngineRefusal, RequestView, Submission
+from migration import wire
+from migration.driver import IncomingReport, IncomingTable
+from migration.errors import MalformedMessage
+from migration.messages import Cancel as CancelMigration
+from migration.messages import Commit, Grow, Prepare, Reserve
+from migration.params import IncomingParams, MigrationParams
+from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
+
+TICK_S = 0.05
+MAX_REPORTED_REQUESTS = 4096
+MAX_FENCED = 4096
+STOP_GRACE_S = 1.0
+
+
+@dataclass(slots=True)
+class AgentCounts:
+    """What was dropped, and why."""
+
+    stale_epoch: int = 0
+    fenced: int = 0
+    malformed_migration: int = 0
+    unexpected: int = 0
+    incoming_committed: int = 0
+    incoming_ended_otherwise: int = 0
+
+
+class Agent:
+    """One instance's asyncio side. Made when its engine has started; `run` until the instance stops."""
+
+    def __init__(self, spec: InstanceSpec, facts: EngineFacts, loop: EngineLoop, mailbox: Mailbox) -> None:
+        self._spec = spec
+        self._facts = facts
+        self._loop = loop
+        self._mailbox = mailbox
+        self._own = Incarnation(InstanceId(spec.instance), Epoch(spec.epoch), mailbox.address)
+        self._state = State.SERVING
+        self._streams = StreamTable()
+        self._tombstones = Tombstones()
+        self._subscribers = Subscribers()
+        self._step_time_s = 0.0
+        self._num_adding = 0
+        self._fenced: dict[str, int] = {}
+        self.counts = AgentCounts()
+        self._outgoing = Outgoing(self._own, loop, self._streams, mailbox, spec.max_migrations_out)
+        self._destination = DestinationAdapter(
+            self._own, loop, self._streams, self._tombstones, mailbox, self._why_closed
+        )
+        self._incoming = IncomingTable(
+            self._own,
+            IncomingParams(max_incoming=spec.max_migrations_in),
+            engine=self._destination,
+            mover=loop.engine.mover,
+            open_channel=lambda peer: InboxChannel(mailbox, self._own, peer),
+            on_end=self._incoming_ended,
+        )
+
+    @property
+    def own(self) -> Incarnation:
+        return self._own
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    async def run(self) -> None:
+        """Serve until cancelled. Whatever it raises ends the instance."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._incoming.run(), name="incoming")
+            group.create_task(self._receive(), name="receive")
+            group.create_task(self._report_load(), name="report-load")
+            group.create_task(self._report_requests(), name="report-requests")
+
+    async def close(self) -> None:
+        """End every migration: what may have been committed is waited for, for STOP_GRACE_S at most."""
+        self._state = follow(self._state, State.STOPPED)
+        self._publish_load()
+        self._outgoing.cancel_all("the instance stops")
+        try:
+            async with asyncio.timeout(STOP_GRACE_S):
+                await self._incoming.close()
+                await self._outgoing.wait_none_left()
+        except TimeoutError:
+            # A commit that nobody answers would hold the stop up for ever; the gateway asks the other side.
+            await self._outgoing.break_off()
+
+    # ---- orders
+    async def migrate(self, request_id: str, destination: Incarnation, params: MigrationParams) -> MigrationSummary:
+        return await self._outgoing.migrate(RequestId(request_id), destination, params)
+
+    def drain(self) -> None:
+        """Take no new request and no migration in; what runs goes on until it is moved or done."""
+        self._become(State.DRAINING)
+
+    def undrain(self) -> None:
+        self._become(State.SERVING)
+
+    def member_lost(self, instance: str, epoch: int) -> None:
+        """This incarnation (and every earlier one) is dead: what it still says is dropped, its migrations end."""
+        self._fenced[instance] = max(epoch, self._fenced.get(instance, epoch))
+        while len(self._fenced) > MAX_FENCED:
+            del self._fenced[next(iter(self._fenced))]
+        lost = Incarnation(InstanceId(instance), Epoch(epoch), "")
+        self._outgoing.peer_lost(lost)
+        self._incoming.source_lost(lost)
+
+    def check_integrity(self) -> None:
+        """At rest: no migration is under way, nothing is remembered of those that were."""
+        assert len(self._outgoing) == 0 and self._incoming.num_incoming == 0
+        self._destination.check_integrity()
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def num_subscribers(self) -> int:
+        return len(self._subscribers.addresses())
+
+    # ---- from the engine's thread, through the loop
+    def on_step(self, done: StepDone) -> None:
+        """One step: a frame to every gateway that has tokens in it."""
+        elapsed_s = done.time.end_s - done.time.start_s
+        self._step_time_s = smooth_step_time(self._step_time_s, elapsed_s, done.result.num_decoding)
+        if not done.result.outputs:
+            return
+        now_s = self._loop.now_s()
+        for gateway, entries in self._streams.entries(done.result.outputs).items():
+            frame = Frame(
+                instance=self._own.instance,
+                epoch=self._own.epoch,
+                step=done.step,
+                sent_s=done.time.end_s,
+                entries=entries,
+                load=self._report_for(gateway),
+            )
+            self._mailbox.send(gateway, frame)
+            self._subscribers.report_sent(gateway, now_s)
+
+    # ---- from the fleet
+    async def _receive(self) -> None:
+        while True:
+            self._handle(await self._mailbox.receive())
+
+    def _handle(self, message: FleetMessage) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort():
+                self._abort(tuple(RequestId(request_id) for request_id in message.request_ids))
+            case Subscribe():
+                now_s = self._loop.now_s()
+                self._subscribers.subscribe(message.address, message.lease_s, message.with_requests, now_s)
+                self._publish_load()
+            case MigrationEnvelope():
+                self._migration_message(message)
+            case _:
+                self.counts.unexpected += 1
+
+    def _submit(self, submit: Submit) -> None:
+        self._subscribers.submit_seen(submit.gateway_address, submit.sequence)
+        request_id = RequestId(submit.request_id)
+        if request_id in self._streams:
+            self._answer(submit, None)  # A repeated submission.
+            return
+        if refusal := self._why_not(submit):
+            self._answer(submit, refusal)
+            return
+        submission = Submission(
+            request_id=request_id,
+            external_id=submit.external_id,
+            priority=submit.priority,
+            num_prompt_tokens=submit.num_prompt_tokens,
+            max_tokens=submit.max_tokens,
+            payload=submit.payload,
+        )
+        # Open before the engine knows it: its first tokens must find their stream.
+        self._streams.open(request_id, submit.gateway_address, 0, self._loop.now_s())
+        self._num_adding += 1
+        added = self._loop.call(lambda engine: engine.add(submission))
+        added.add_done_callback(lambda future: self._added(submit, future))
+
+    def _why_not(self, submit: Submit) -> EngineRefusal | None:
+        if submit.epoch != self._own.epoch:
+            self.counts.stale_epoch += 1
+            return EngineRefusal(f"this is epoch {self._own.epoch}, not {submit.epoch}", final=False)
+        if submit.request_id in self._tombstones:
+            return EngineRefusal("its client has left", final=True)
+        if reason := self._why_closed():
+            return EngineRefusal(reason, final=False)
+        if self._loop.load.num_waiting + self._num_adding >= self._spec.max_waiting:
+            return EngineRefusal(f"{self._spec.max_waiting} requests wait here", final=False)
+        return None
+
+    def _added(self, submit: Submit, added: asyncio.Future[EngineRefusal | None]) -> None:
+        self._num_adding -= 1
+        error = added.exception()
+        # A request on which a living engine raises is not tried elsewhere; when the engine has ended, it is.
+        is_final = not isinstance(error, EngineFailed)
+        refusal = added.result() if error is None else EngineRefusal(f"the engine raised {error!r}", final=is_final)
+        if refusal is not None:
+            self._streams.close(RequestId(submit.request_id))
+        self._answer(submit, refusal)
+
+    def _answer(self, submit: Submit, refusal: EngineRefusal | None) -> None:
+        answer = SubmitAnswer(
+            request_id=submit.request_id,
+            instance=self._own.instance,
+            epoch=self._own.epoch,
+            refusal=None if refusal is None else refusal.reason,
+            final=refusal is not None and refusal.final,
+        )
+        self._mailbox.send(submit.gateway_address, answer)
+
+    def _abort(self, request_ids: tuple[RequestId, ...]) -> None:
+        """The order matters: with the tombstone in place, whatever is still on its way here is refused."""
+        self._tombstones.add(request_ids)
+        for request_id in request_ids:
+            self._streams.close(request_id)
+            self._incoming.request_aborted(request_id)
+        self._loop.call(lambda engine: engine.abort(request_ids))
+        for request_id in request_ids:
+            self._outgoing.client_aborted(request_id)
+
+    def _migration_message(self, envelope: MigrationEnvelope) -> None:
+        fenced = self._fenced.get(envelope.from_instance)
+        if fenced is not None and envelope.from_epoch <= fenced:
+            self.counts.fenced += 1
+            return
+        try:
+            message = wire.decode(envelope.body)
+        except MalformedMessage:
+            self.counts.malformed_migration += 1
+            return
+        if envelope.to_epoch != self._own.epoch:
+            self.counts.stale_epoch += 1
+            if not isinstance(message, Reserve):
+                return  # A reserve is answered: the table refuses it by its own epoch.
+        sender = Incarnation(InstanceId(envelope.from_instance), Epoch(envelope.from_epoch), envelope.from_address)
+        if isinstance(message, Reserve | Grow | Prepare | Commit | CancelMigration):
+            self._incoming.deliver(message, sender)
+        else:
+            self._outgoing.deliver(message)
+
+    def _incoming_ended(self, report: IncomingReport) -> None:
+        if report.outcome is Outcome.COMMITTED:
+            self.counts.incoming_committed += 1
+        else:
+            self.counts.incoming_ended_otherwise += 1
+
+    # ---- reports
+    async def _report_load(self) -> None:
+        while True:
+            self._publish_load()
+            await asyncio.sleep(TICK_S)
+
+    def _publish_load(self) -> None:
+        for address in self._subscribers.take_due(self._loop.now_s()):
+            self._mailbox.send(address, self._report_for(address))
+
+    def _report_for(self, address: str) -> LoadReport:
+        standing = Standing(
+            instance=self._own.instance,
+            epoch=self._own.epoch,
+            step=self._loop.num_steps,
+            state=self._state,
+            block_size=self._facts.block_size,
+            total_blocks=self._facts.total_blocks,
+            step_time_s=self._step_time_s,
+            migrations_in=self._incoming.num_incoming,
+            migrations_out=len(self._outgoing),
+        )
+        return load_report(standing, self._loop.load, self._subscribers.submits_seen(address))
+
+    async def _report_requests(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = self._loop.now_s()
+            if addresses := self._subscribers.take_due_requests(now_s):
+                views = await self._loop.call(lambda engine: engine.requests())
+                report = RequestReport(
+                    instance=self._own.instance,
+                    epoch=self._own.epoch,
+                    step=self._loop.num_steps,
+                    requests=tuple(self._request_load(view, now_s) for view in views[:MAX_REPORTED_REQUESTS]),
+                )
+                for address in addresses:
+                    self._mailbox.send(address, report)
+
+    def _request_load(self, view: RequestView, now_s: float) -> RequestLoad:
+        return RequestLoad(
+            request_id=view.request_id,
+            external_id=view.external_id,
+            status=view.status.value,
+            priority=view.priority,
+            num_prompt_tokens=view.num_prompt_tokens,
+            num_output_tokens=view.num_output_tokens,
+            max_tokens=view.max_tokens,
+            num_blocks=view.num_blocks,
+            arrived_s=self._streams.age_s(view.request_id, now_s),
+            movable=view.movable,
+        )
+
+    # ---- state
+    def _why_closed(self) -> str | None:
+        return None if self._state is State.SERVING else f"this instance is {self._state.value}"
+
+    def _become(self, state: State) -> None:
+        self._state = follow(self._state, state)
+        self._subscribers.make_all_due(self._loop.now_s())
+        self._publish_load()

@@ -1,0 +1,85 @@
+"""Which engine does a spec ask for, and how is it made? vLLM is imported here only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from instance.engine import Engine
+from instance.errors import StartError
+from instance.fake import FakeEngine
+from instance.fake_scheduler import FakeConfig
+from instance.spec import EngineKind, InstanceSpec
+from migration.transports import CarrierParams, KVStore, RankMover, open_receiver, open_sender
+
+PUSH_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    make: Callable[[], Engine]
+    """To be called on the engine's thread. Raises StartError (one line)."""
+    min_step_s: float
+    """0 unless the engine only models its time."""
+
+
+def choose_engine(spec: InstanceSpec) -> EngineChoice:
+    """Raises StartError when the spec's flags cannot be read."""
+    match spec.engine:
+        case EngineKind.VLLM:
+            return EngineChoice(lambda: _make_vllm(spec), min_step_s=0.0)
+        case EngineKind.FAKE:
+            return _choose_fake(spec)
+
+
+def _make_vllm(spec: InstanceSpec) -> Engine:
+    # Here and not above: seconds of imports, and only the process that hosts this engine may pay them.
+    from instance.vllm.host import VllmEngine  # noqa: PLC0415
+
+    engine: Engine = VllmEngine.from_argv(spec.engine_argv, carriers=spec.carriers, host=spec.host, token=spec.token)
+    return engine
+
+
+class _FakeFlags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartError(f"the fake engine's flags: {message}")
+
+
+def _choose_fake(spec: InstanceSpec) -> EngineChoice:
+    parser = _FakeFlags(prog="fake", add_help=False, allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--num-gpu-blocks-override", type=int, default=256)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512)
+    parser.add_argument("--step-time-ms", type=float, default=0.0, help="pace of the engine's loop")
+    parser.add_argument("--pipelined", action="store_true")
+    parser.add_argument("--fail-at-step", type=int)
+    flags = parser.parse_args(list(spec.engine_argv or ("fake",)))
+    config = FakeConfig(
+        num_blocks=flags.num_gpu_blocks_override,
+        block_size=flags.block_size,
+        max_model_len=flags.max_model_len,
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+        is_pipelined=flags.pipelined,
+        fail_at_step=flags.fail_at_step,
+    )
+    if min(config.num_blocks, config.block_size, config.max_model_len, config.max_num_seqs) < 1:
+        raise StartError("the fake engine's flags: blocks, block size, length and sequences must be at least 1")
+    return EngineChoice(lambda: FakeEngine(config, lambda store: _socket_mover(store, spec)), flags.step_time_ms / 1e3)
+
+
+def _socket_mover(store: KVStore, spec: InstanceSpec) -> RankMover:
+    if not spec.carriers:
+        raise StartError("no carrier is offered: name at least one of shm, tcp")
+    token, params = spec.token.encode(), CarrierParams()
+    try:
+        receiver = open_receiver(store, f"{spec.carriers[0]}://{spec.host}", token, params)
+    except (ValueError, OSError) as error:
+        raise StartError(f"the carrier {spec.carriers[0]} cannot listen on {spec.host}: {error}") from error
+    sender = open_sender(store, token, params)
+    return RankMover(sender, receiver, push_timeout_s=PUSH_TIMEOUT_S, num_threads=spec.max_migrations_out + 1)

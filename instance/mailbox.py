@@ -1,0 +1,151 @@
+"""How do the fleet's processes reach each other? One inbox a process: ZeroMQ PULL; everybody else pushes to it.
+
+One byte of version, then msgspec msgpack. Sending never waits: a peer whose queue is full loses the message, counted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from instance.errors import MalformedFleetMessage
+from instance.messages import MAX_MESSAGE_BYTES, FleetMessage
+
+WIRE_VERSION = 1
+PEER_QUEUE_MESSAGES = 4096
+INBOX_QUEUE_MESSAGES = 65_536
+MAX_PEERS = 1024
+CLOSE_LINGER_MS = 200
+
+_VERSION_BYTE = bytes((WIRE_VERSION,))
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[FleetMessage] = msgspec.msgpack.Decoder(FleetMessage)
+
+
+def encode(message: FleetMessage) -> bytes:
+    return _VERSION_BYTE + _ENCODER.encode(message)
+
+
+def decode(data: bytes) -> FleetMessage:
+    """Raises MalformedFleetMessage for anything but one whole message of this version."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MalformedFleetMessage(f"{len(data)} bytes are more than {MAX_MESSAGE_BYTES}")
+    if data[:1] != _VERSION_BYTE:
+        raise MalformedFleetMessage(f"wire version {data[:1]!r} is not {WIRE_VERSION}")
+    try:
+        return _DECODER.decode(memoryview(data)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedFleetMessage(str(error)) from error
+
+
+@dataclass(slots=True)
+class MailboxCounts:
+    received: int = 0
+    malformed: int = 0
+    sent: int = 0
+    dropped: int = 0
+    """Not sent: the peer's queue was full, its address is none, or the mailbox is closed."""
+
+
+class Mailbox:
+    """The inbox of this process and its way to the inboxes of others. Belongs to one asyncio loop."""
+
+    def __init__(self, peer_queue_messages: int = PEER_QUEUE_MESSAGES) -> None:
+        self.counts = MailboxCounts()
+        self._peer_queue_messages = peer_queue_messages
+        self._context: zmq.asyncio.Context | None = None
+        self._inbox: zmq.asyncio.Socket | None = None
+        self._peers: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        """Where others reach this inbox: ``tcp://host:port``."""
+        return self._address
+
+    async def open(self, host: str = "127.0.0.1") -> None:
+        """Bind to a free port of `host`. Raises zmq.ZMQError when the host is not ours."""
+        context = zmq.asyncio.Context(io_threads=1)
+        inbox = context.socket(zmq.PULL)
+        inbox.setsockopt(zmq.LINGER, 0)
+        inbox.setsockopt(zmq.RCVHWM, INBOX_QUEUE_MESSAGES)
+        inbox.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        try:
+            port = inbox.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError:
+            inbox.close()
+            context.term()
+            raise
+        self._context, self._inbox = context, inbox
+        self._address = f"tcp://{host}:{port}"
+
+    async def receive(self) -> FleetMessage:
+        """The next well-formed message; malformed ones are counted and passed over."""
+        if self._inbox is None:
+            raise RuntimeError("the mailbox is not open")
+        while True:
+            data = await self._inbox.recv()
+            try:
+                message = decode(data)
+            except MalformedFleetMessage:
+                self.counts.malformed += 1
+                continue
+            self.counts.received += 1
+            return message
+
+    def send(self, address: str, message: FleetMessage) -> bool:
+        """Queue it for that inbox without waiting. False: it was dropped (and counted)."""
+        peer = self._peer(address)
+        if peer is None:
+            self.counts.dropped += 1
+            return False
+        try:
+            peer.send(encode(message), flags=zmq.NOBLOCK)
+        except zmq.Again:
+            self.counts.dropped += 1
+            return False
+        self.counts.sent += 1
+        return True
+
+    def forget(self, address: str) -> None:
+        """Drop what is queued for that inbox and close the connection. Unknown addresses are ignored."""
+        peer = self._peers.pop(address, None)
+        if peer is not None:
+            peer.close(linger=0)
+
+    def close(self) -> None:
+        """Close everything; what is queued has CLOSE_LINGER_MS to leave. Closing twice is fine."""
+        context, self._context = self._context, None
+        inbox, self._inbox = self._inbox, None
+        for peer in self._peers.values():
+            peer.close(linger=CLOSE_LINGER_MS)
+        self._peers.clear()
+        if inbox is not None:
+            inbox.close(linger=0)
+        if context is not None:
+            context.term()
+
+    def _peer(self, address: str) -> zmq.Socket[bytes] | None:
+        peer = self._peers.get(address)
+        if peer is not None:
+            self._peers.move_to_end(address)
+            return peer
+        if self._context is None or not address.startswith("tcp://"):
+            return None
+        # A plain socket: its send is tried once and never awaited, so it needs no place in the asyncio loop.
+        peer = zmq.Socket(self._context, zmq.PUSH)
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.setsockopt(zmq.SNDHWM, self._peer_queue_messages)
+        try:
+            peer.connect(address)
+        except zmq.ZMQError:
+            peer.close()
+            return None
+        self._peers[address] = peer
+        while len(self._peers) > MAX_PEERS:
+            self.forget(next(iter(self._peers)))
+        return peer

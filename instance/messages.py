@@ -1,0 +1,168 @@
+"""What travels between gateways, instances and the orchestrator over their inboxes? Every fleet message, in one place.
+
+Each process binds one inbox (ZeroMQ PULL) and pushes to the inboxes of others; every message is one-way and carries
+what is needed to answer it. Values only, msgspec on the wire (`mailbox.encode`, `mailbox.decode`), never pickle.
+Migration messages ride in `MigrationEnvelope`, encoded by `migration.wire`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""Nothing larger is decoded: a prompt of a million tokens is about 5 MB."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Gateway -> instance: run this request and send its tokens to `gateway_address`."""
+
+    request_id: str
+    external_id: str
+    """The id the client knows (x-request-id); several requests may share one (n > 1)."""
+    gateway_address: str
+    epoch: int
+    """The epoch the gateway believes the instance has; another one is refused."""
+    sequence: int
+    """Counts this gateway's submissions to this instance, from 1 (dispatch-time accounting)."""
+    priority: int
+    num_prompt_tokens: int
+    max_tokens: int
+    payload: bytes
+    """The engine's own encoding of the request (`instance.vllm.codec`)."""
+
+
+class SubmitAnswer(msgspec.Struct, frozen=True, tag=True):
+    """Instance -> gateway: accepted (`refusal` is None), or refused: try another instance, or give up if `final`."""
+
+    request_id: str
+    instance: str
+    epoch: int
+    refusal: str | None = None
+    final: bool = False
+    """True: no instance of this kind can ever run it (it does not fit)."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Gateway -> every instance that may own them: end these requests, wherever they are. Unknown ids are remembered
+    for a while, so that a migration in flight cannot bring them back."""
+
+    request_ids: tuple[str, ...]
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag=True):
+    """Gateway or orchestrator -> instance: send me your load reports until the lease runs out. Repeated to renew."""
+
+    address: str
+    lease_s: float
+    with_requests: bool = False
+    """True: also send `RequestReport`s."""
+
+
+class OutputEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave one request."""
+
+    request_id: str
+    offset: int
+    """Number of output tokens of the request before `token_ids`."""
+    token_ids: tuple[int, ...]
+    finish_reason: int | None = None
+    """vLLM's FinishReason value; None while it runs."""
+    stop_reason: int | str | None = None
+    extra: tuple[bytes, ...] = ()
+    """The engine's full encoding of the output when it holds more than tokens and the finish (logprobs ...)."""
+
+
+class LoadReport(msgspec.Struct, frozen=True, tag=True):
+    """An instance's load at a step boundary; all sizes in KV blocks of `block_size` tokens."""
+
+    instance: str
+    epoch: int
+    step: int
+    """Steps the engine has run; a higher one is newer."""
+    state: str
+    """`instance.lifecycle.State` value."""
+    block_size: int
+    total_blocks: int
+    free_blocks: int
+    """Free or only cached: can be given to a request at once. Reserved blocks are not free."""
+    reserved_blocks: int
+    """Held for migrations coming in."""
+    num_running: int
+    num_waiting: int
+    running_by_priority: tuple[tuple[int, int], ...]
+    """(priority, number of running requests)."""
+    head_of_line_blocks: int
+    """Full demand of the first waiting request (0: none waits)."""
+    waiting_blocks: int
+    """Full demand of all waiting requests."""
+    step_time_s: float
+    """Smoothed time of a step that decoded; 0.0 before the first."""
+    num_preemptions: int
+    migrations_in: int
+    migrations_out: int
+    submits_seen: int = 0
+    """Highest `Submit.sequence` seen from the gateway this report goes to."""
+
+
+class Frame(msgspec.Struct, frozen=True, tag=True):
+    """Instance -> gateway: what one engine step gave the requests of this gateway, and the instance's load."""
+
+    instance: str
+    epoch: int
+    step: int
+    sent_s: float
+    """time.monotonic() of the sender's machine when the step ended."""
+    entries: tuple[OutputEntry, ...]
+    load: LoadReport
+
+
+class RequestLoad(msgspec.Struct, frozen=True, array_like=True):
+    """One request as the instance sees it."""
+
+    request_id: str
+    external_id: str
+    status: str
+    """running | waiting | preempted | migrating_out"""
+    priority: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_tokens: int
+    num_blocks: int
+    arrived_s: float
+    """Seconds since it arrived at this instance."""
+    movable: bool
+    """False: it cannot be migrated (now or ever)."""
+
+
+class RequestReport(msgspec.Struct, frozen=True, tag=True):
+    """Instance -> orchestrator: every request it owns (every 250 ms at most, bounded to the first 4,096)."""
+
+    instance: str
+    epoch: int
+    step: int
+    requests: tuple[RequestLoad, ...]
+
+
+class OwnerChanged(msgspec.Struct, frozen=True, tag=True):
+    """Destination -> gateway, at commit: this request is mine now; my first token has this offset."""
+
+    request_id: str
+    instance: str
+    epoch: int
+    offset: int
+
+
+class MigrationEnvelope(msgspec.Struct, frozen=True, tag=True):
+    """Instance -> instance: one message of the migration protocol."""
+
+    from_instance: str
+    from_epoch: int
+    from_address: str
+    to_epoch: int
+    """The epoch the sender believes the receiver has; another one is dropped."""
+    body: bytes
+
+
+FleetMessage = (
+    Submit | SubmitAnswer | Abort | Subscribe | LoadReport | Frame | RequestReport | OwnerChanged | MigrationEnvelope
+)

@@ -1,0 +1,139 @@
+"""What does an instance tell about its load, and who is due a report now?"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from instance.lifecycle import State
+from instance.messages import LoadReport
+from instance.types import EngineLoad
+
+REPORT_INTERVAL_S = 0.1
+REQUEST_REPORT_INTERVAL_S = 0.25
+MAX_SUBSCRIBERS = 256
+MAX_LEASE_S = 60.0
+STEP_TIME_WEIGHT = 0.1
+"""Weight of the newest step in the smoothed step time: about the last twenty steps count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a report says beside the engine's load."""
+
+    instance: str
+    epoch: int
+    step: int
+    state: State
+    block_size: int
+    total_blocks: int
+    step_time_s: float
+    migrations_in: int
+    migrations_out: int
+
+
+def load_report(standing: Standing, load: EngineLoad, submits_seen: int) -> LoadReport:
+    return LoadReport(
+        instance=standing.instance,
+        epoch=standing.epoch,
+        step=standing.step,
+        state=standing.state.value,
+        block_size=standing.block_size,
+        total_blocks=standing.total_blocks,
+        free_blocks=load.free_blocks,
+        reserved_blocks=load.reserved_blocks,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        running_by_priority=load.running_by_priority,
+        head_of_line_blocks=load.head_of_line_blocks,
+        waiting_blocks=load.waiting_blocks,
+        step_time_s=standing.step_time_s,
+        num_preemptions=load.num_preemptions,
+        migrations_in=standing.migrations_in,
+        migrations_out=standing.migrations_out,
+        submits_seen=submits_seen,
+    )
+
+
+def smooth_step_time(previous_s: float, observed_s: float, num_decoding: int) -> float:
+    """Exponentially weighted mean over the steps that decoded; the first one counts whole."""
+    if num_decoding == 0:
+        return previous_s
+    if previous_s == 0.0:
+        return observed_s
+    return previous_s + STEP_TIME_WEIGHT * (observed_s - previous_s)
+
+
+@dataclass(slots=True)
+class _Subscription:
+    expires_s: float
+    with_requests: bool
+    last_report_s: float
+    last_requests_s: float
+
+
+class Subscribers:
+    """Who wants this instance's reports, until when, and who is due one. At most MAX_SUBSCRIBERS: stalest out."""
+
+    def __init__(self) -> None:
+        self._by_address: OrderedDict[str, _Subscription] = OrderedDict()
+        self._submits_seen: OrderedDict[str, int] = OrderedDict()
+
+    def subscribe(self, address: str, lease_s: float, with_requests: bool, now_s: float) -> None:
+        expires_s = now_s + min(max(lease_s, 0.0), MAX_LEASE_S)
+        known = self._by_address.get(address)
+        if known is None:
+            never_s = now_s - MAX_LEASE_S
+            self._by_address[address] = _Subscription(expires_s, with_requests, never_s, never_s)
+        else:
+            known.expires_s = expires_s
+            known.with_requests = with_requests
+            self._by_address.move_to_end(address)
+        while len(self._by_address) > MAX_SUBSCRIBERS:
+            self._by_address.popitem(last=False)
+
+    def report_sent(self, address: str, now_s: float) -> None:
+        subscription = self._by_address.get(address)
+        if subscription is not None:
+            subscription.last_report_s = now_s
+
+    def take_due(self, now_s: float) -> tuple[str, ...]:
+        """Addresses whose last report is REPORT_INTERVAL_S old; each counts as sent to now. Ended leases go."""
+        self._drop_ended(now_s)
+        due = [a for a, s in self._by_address.items() if now_s - s.last_report_s >= REPORT_INTERVAL_S - 1e-6]
+        for address in due:
+            self._by_address[address].last_report_s = now_s
+        return tuple(due)
+
+    def take_due_requests(self, now_s: float) -> tuple[str, ...]:
+        """Addresses that want `RequestReport`s and are due one; each counts as sent to now."""
+        self._drop_ended(now_s)
+        due = [
+            address
+            for address, s in self._by_address.items()
+            if s.with_requests and now_s - s.last_requests_s >= REQUEST_REPORT_INTERVAL_S - 1e-6
+        ]
+        for address in due:
+            self._by_address[address].last_requests_s = now_s
+        return tuple(due)
+
+    def make_all_due(self, now_s: float) -> None:
+        """A state changed: everyone hears of it at the next turn."""
+        for subscription in self._by_address.values():
+            subscription.last_report_s = now_s - REPORT_INTERVAL_S
+
+    def submit_seen(self, gateway_address: str, sequence: int) -> None:
+        seen = self._submits_seen.pop(gateway_address, 0)
+        self._submits_seen[gateway_address] = max(seen, sequence)
+        while len(self._submits_seen) > MAX_SUBSCRIBERS:
+            self._submits_seen.popitem(last=False)
+
+    def submits_seen(self, gateway_address: str) -> int:
+        return self._submits_seen.get(gateway_address, 0)
+
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(self._by_address)
+
+    def _drop_ended(self, now_s: float) -> None:
+        for address in [a for a, s in self._by_address.items() if s.expires_s <= now_s]:
+            del self._by_address[address]

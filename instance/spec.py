@@ -1,0 +1,68 @@
+"""What must an instance be told to start, and what does it tell when it has started? msgspec JSON between actors."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+
+class EngineKind(Enum):
+    VLLM = "vllm"
+    FAKE = "fake"
+
+
+class InstanceSpec(msgspec.Struct, frozen=True):
+    """One instance to start."""
+
+    instance: str
+    epoch: int
+    engine: EngineKind = EngineKind.VLLM
+    engine_argv: tuple[str, ...] = ()
+    """`vllm serve` arguments, the model first, exactly as a user would write them."""
+    host: str = "127.0.0.1"
+    """Address the inbox and the carriers bind to and are reached at."""
+    carriers: tuple[str, ...] = ("shm", "tcp")
+    """Kinds of carrier offered, best first; shm only ever serves peers on the same host."""
+    token: str = ""
+    """Shared secret of the fleet's data plane; never logged."""
+    max_waiting: int = 1024
+    """Submissions are refused while so many requests wait."""
+    max_migrations_out: int = 2
+    max_migrations_in: int = 2
+
+
+class InstanceStarted(msgspec.Struct, frozen=True):
+    """What the actor's `start` returns."""
+
+    instance: str
+    epoch: int
+    address: str
+    """Where its inbox listens."""
+    model: str
+    block_size: int
+    total_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    tensor_parallel_size: int
+    start_s: float
+
+
+class MigrationSummary(msgspec.Struct, frozen=True):
+    """`migration.types.MigrationReport` in plain types, as it crosses Ray."""
+
+    migration_id: str
+    request_id: str
+    source: str
+    destination: str
+    outcome: str
+    reason: str
+    cached_tokens: int
+    moved_tokens: int
+    num_stages: int
+    copied_blocks: int
+    tail_blocks: int
+    num_bytes: int
+    duration_s: float
+    stopped_s: float
+    steps_during_copy: int

@@ -1,0 +1,26 @@
+"""Does vLLM behind our port pass the contract of every engine?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.contract.engine_suite import EngineContract
+from tests.support.pair import EnginePair
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from tests.support.vllm_kit import shared_kit
+
+
+@pytest.fixture
+def pair() -> Iterator[EnginePair]:
+    pair = EnginePair(shared_kit())
+    yield pair
+    pair.drain()
+    pair.close()
+
+
+class TestVllmEngine(EngineContract):
+    """The shared suite, over two engines in this process."""

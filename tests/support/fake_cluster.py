@@ -1,0 +1,71 @@
+"""How does a test run the orchestrator's loop without Ray? A fake of the `Fleet` port: actors that obey or die."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+from instance.spec import MigrationSummary
+from migration.types import Epoch, Incarnation, InstanceId
+from orchestrator.effects import Member
+from orchestrator.errors import ActorGone, CallFailed
+
+
+class FakeCluster:
+    """Remembers what it was told. `deaths[name].set_result(reason)` ends an actor."""
+
+    def __init__(self) -> None:
+        self.outcome = "committed"
+        self.broken: set[str] = set()
+        """Actors whose calls fail without their being dead."""
+        self.deaths: dict[str, asyncio.Future[str]] = defaultdict(lambda: asyncio.get_running_loop().create_future())
+        self.migrated: list[tuple[str, str, str, str]] = []
+        self.draining: list[tuple[str, bool]] = []
+        self.fenced: list[tuple[str, str, int]] = []
+        self.members: dict[str, tuple[Member, ...]] = {}
+        self.told = asyncio.Event()
+
+    async def migrate(
+        self, actor_name: str, request_id: str, destination: Incarnation, mode: str, timeout_s: float
+    ) -> MigrationSummary:
+        self._check(actor_name)
+        self.migrated.append((actor_name, request_id, destination.instance, mode))
+        return MigrationSummary(
+            migration_id="m",
+            request_id=request_id,
+            source=actor_name,
+            destination=destination.instance,
+            outcome=self.outcome,
+            reason="",
+            cached_tokens=0,
+            moved_tokens=160,
+            num_stages=2,
+            copied_blocks=9,
+            tail_blocks=1,
+            num_bytes=1 << 20,
+            duration_s=0.02,
+            stopped_s=0.001,
+            steps_during_copy=3,
+        )
+
+    async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
+        self._check(actor_name)
+        self.draining.append((actor_name, draining))
+
+    async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
+        self._check(actor_name)
+        self.fenced.append((actor_name, instance, epoch))
+
+    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
+        self._check(actor_name)
+        self.members[actor_name] = members
+        self.told.set()
+
+    async def wait_dead(self, actor_name: str) -> str:
+        return await self.deaths[actor_name]
+
+    def _check(self, actor_name: str) -> None:
+        if actor_name in self.deaths and self.deaths[actor_name].done():
+            raise ActorGone("its process ended")
+        if actor_name in self.broken:
+            raise CallFailed("no answer within 1 s")

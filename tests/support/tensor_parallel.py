@@ -1,0 +1,52 @@
+"""Moves requests between two engines of two ranks each, there and back; run as a program, because it owns processes.
+
+Prints one JSON line: for each request whether it was exact, and the bytes a push moved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from vllm.sampling_params import SamplingParams
+
+from tests.support.exactness import Comparison
+from tests.support.pair import Sabotage
+from tests.support.vllm_kit import VllmKit, start_engine
+
+
+def main(carrier: str) -> None:
+    flags = {"tensor_parallel_size": 2, "max_num_seqs": 4}
+    kit = VllmKit(start_engine((carrier,), **flags), start_engine((carrier,), **flags))
+    result: dict[str, object] = {
+        "endpoints": len(kit.first.mover.endpoints()),
+        "refused": kit.first.facts.migration_refused_because,
+    }
+    kinds = {
+        "greedy": {"temperature": 0.0, "logprobs": 2},
+        "seeded": {"temperature": 1.0, "seed": 5},
+        "penalties": {"temperature": 0.0, "frequency_penalty": 0.5},
+    }
+    try:
+        for i, (name, values) in enumerate(kinds.items()):
+
+            def params(values: dict[str, float] = values) -> SamplingParams:
+                return SamplingParams(max_tokens=50, ignore_eos=True, **values)
+
+            comparison = Comparison(kit, 10 + i, 200, params)
+            expected = comparison.undisturbed()
+            result[name] = comparison.migrated(hops=(15, 30)) == expected
+            if name == "greedy":
+                other = Comparison(kit, 20, 200, params)
+                expected = other.undisturbed()
+                result["control"] = other.migrated(hops=(15,), sabotage=Sabotage(skip_block=2)) != expected
+                other.close()
+            comparison.close()
+    finally:
+        kit.first.close()
+        kit.second.close()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
