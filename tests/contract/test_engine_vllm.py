@@ -13,6 +13,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.support.vllm_kit import shared_kit
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def pair() -> Iterator[EnginePair]:

@@ -1,0 +1,1 @@
+"""The gRPC admin API: service, conversion and client."""

@@ -1,0 +1,220 @@
+"""The command line: `kvferry serve | status | migrate | drain | undrain | demo`. Heavy imports are inside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+from typer.models import OptionInfo
+
+from orchestrator import config
+from orchestrator.errors import ConfigError, OrchestratorError
+
+BAD_INPUT = 2
+NOT_DONE = 1
+"""The command was understood, and the answer is no."""
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kvferry",
+    help="Live migration of running LLM requests between vLLM instances, behind one OpenAI endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Admin = Annotated[
+    str | None,
+    typer.Option(
+        "--admin", metavar="HOST:PORT", help="Address of the admin API. Default: 127.0.0.1:50051. (KVFERRY_ADMIN)"
+    ),
+]
+_MINE = "Cluster"
+_TUNING = "Rebalancing"
+
+
+def _option(text: str, variable: str, default: object, panel: str = _MINE, hidden: bool = False) -> OptionInfo:
+    """An option whose default is filled in by `config`, so that a variable or a file can set it, too."""
+    help_text = f"{text} Default: {default}. (KVFERRY_{variable})"
+    option: OptionInfo = typer.Option(help=help_text, show_default=False, rich_help_panel=panel, hidden=hidden)
+    return option
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Any flag of `vllm serve` may follow, such as --max-model-len 2048: vLLM's own parser checks it first.",
+)
+def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder, or name on the hub. Comes first.")] = None,
+    instances: Annotated[int | None, _option("vLLM instances.", "INSTANCES", 2)] = None,
+    gateways: Annotated[int | None, _option("OpenAI servers, on one port.", "GATEWAYS", 1)] = None,
+    host: Annotated[str | None, _option("Address of the OpenAI endpoint.", "HOST", "127.0.0.1")] = None,
+    port: Annotated[int | None, _option("Port of the OpenAI endpoint.", "PORT", 8000)] = None,
+    admin_port: Annotated[int | None, _option("Port of the admin API, on 127.0.0.1.", "ADMIN_PORT", 50051)] = None,
+    ray_address: Annotated[str | None, _option("A running Ray to join.", "RAY_ADDRESS", "own")] = None,
+    rebalance: Annotated[
+        bool | None,
+        typer.Option(
+            "--rebalance/--no-rebalance",
+            help="Move running requests when it pays. Default: yes. (KVFERRY_REBALANCE)",
+            show_default=False,
+            rich_help_panel=_TUNING,
+        ),
+    ] = None,
+    tick_s: Annotated[float | None, _option("Seconds between two looks.", "TICK_S", 0.5, _TUNING)] = None,
+    threshold_steps: Annotated[
+        float | None,
+        _option("Decode steps left: below, an instance gives requests away.", "THRESHOLD_STEPS", 512, _TUNING),
+    ] = None,
+    margin_steps: Annotated[
+        float | None, _option("Decode steps by which a move must pay.", "MARGIN_STEPS", 64, _TUNING)
+    ] = None,
+    rest_s: Annotated[float | None, _option("Seconds a moved request rests.", "REST_S", 10, _TUNING)] = None,
+    max_migrations: Annotated[
+        int | None, _option("At once, in and out per instance.", "MAX_MIGRATIONS", 2, _TUNING)
+    ] = None,
+    start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
+    journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
+    log_level: Annotated[str | None, _option("Of our own log lines.", "LOG_LEVEL", "INFO")] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file with these settings. (KVFERRY_CONFIG)", rich_help_panel=_MINE),
+    ] = None,
+    engine: Annotated[str | None, _option("vllm or fake.", "ENGINE", "vllm", hidden=True)] = None,
+) -> None:
+    """Start instances and gateways, and serve until Ctrl-C."""
+    flags = {
+        "model": model,
+        "instances": instances,
+        "gateways": gateways,
+        "host": host,
+        "port": port,
+        "admin_port": admin_port,
+        "ray_address": ray_address,
+        "rebalance": rebalance,
+        "tick_s": tick_s,
+        "threshold_steps": threshold_steps,
+        "margin_steps": margin_steps,
+        "rest_s": rest_s,
+        "max_migrations": max_migrations,
+        "start_timeout_s": start_timeout_s,
+        "journal": journal,
+        "log_level": log_level,
+        "engine": engine,
+    }
+    if model is not None and model.startswith("-"):
+        raise ConfigError(f"name the model first, then flags such as {model}")
+    settings = config.serve_config_here(flags, config_file, tuple(context.args))
+    from rich.console import Console  # noqa: PLC0415
+
+    from orchestrator import serve as foreground  # noqa: PLC0415
+
+    foreground.run(settings, Console())
+
+
+@app.command()
+def status(
+    admin: Admin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+) -> None:
+    """Show instances, gateways, requests and the latest migrations."""
+    from orchestrator import cli_status as shown  # noqa: PLC0415
+
+    shown.show(config.admin_address(admin), as_json=as_json, watch=watch)
+
+
+@app.command()
+def migrate(
+    request: Annotated[str, typer.Argument(help="Engine's or client's request id, or a prefix that fits only one.")],
+    to: Annotated[str, typer.Option("--to", metavar="INSTANCE", help="Where it shall go on.")],
+    admin: Admin = None,
+) -> None:
+    """Move one running request and say how it ended."""
+    from orchestrator import cli_status as shown  # noqa: PLC0415
+    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
+
+    with AdminClient(config.admin_address(admin)) as client:
+        migration = client.migrate(request, to)
+    print(shown.migration_line(migration))
+    if not shown.is_committed(migration):
+        raise typer.Exit(NOT_DONE)
+
+
+@app.command()
+def drain(
+    instance: Annotated[str, typer.Argument(help="The instance to empty.")],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it is empty.")] = True,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Wait no longer than this.")
+    ] = None,
+    admin: Admin = None,
+) -> None:
+    """Take an instance out of dispatch and move its requests away."""
+    from orchestrator import cli_status as shown  # noqa: PLC0415
+    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
+
+    with AdminClient(config.admin_address(admin)) as client:
+        shown.follow_drain(instance, client.drain(instance, wait, deadline))
+
+
+@app.command()
+def undrain(
+    instance: Annotated[str, typer.Argument(help="The instance to put back into service.")], admin: Admin = None
+) -> None:
+    """Put a draining instance back into service."""
+    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
+
+    with AdminClient(config.admin_address(admin)) as client:
+        client.undrain(instance)
+    print(f"{instance} serves again")
+
+
+@app.command()
+def demo(
+    duration: Annotated[float, typer.Option(metavar="SECONDS", help="How long requests are sent.")] = 60.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Azure CSV or Mooncake JSONL. Default: a generated workload.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for result.json and the picture.")] = Path("demo-out"),
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face folder or hub name. Default: the small model.")
+    ] = None,
+) -> None:
+    """Two instances under uneven load, requests that move, every answer checked."""
+    from orchestrator.demo import DemoOptions, run  # noqa: PLC0415
+
+    options = DemoOptions(duration_s=duration, trace=trace, seed=seed, out=out, model=model)
+    raise typer.Exit(run(options))
+
+
+def main() -> None:
+    """Entry point of the console script: every failure is one line on stderr."""
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+def run_cli(arguments: list[str]) -> int:
+    """Run one command; returns the exit status."""
+    from orchestrator.admin.errors import Declined  # noqa: PLC0415
+
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="kvferry", standalone_mode=False)
+    except Declined as error:
+        return _complain(error, NOT_DONE)
+    except OrchestratorError as error:
+        return _complain(error, BAD_INPUT)
+    except TyperException as error:
+        return _complain(error.format_message(), BAD_INPUT)
+    except (KeyboardInterrupt, Abort):
+        return INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"kvferry: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,167 @@
+"""What was kvferry told? Flags over KVFERRY_* variables over a YAML file over defaults; read once, checked here.
+
+The only module that reads the environment and configuration files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from orchestrator.errors import ConfigError
+
+PREFIX = "KVFERRY_"
+DEFAULT_ADMIN = "127.0.0.1:50051"
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+class Engine(Enum):
+    """Which engine the instances hold."""
+
+    VLLM = "vllm"
+    FAKE = "fake"
+    """The deterministic model of an engine; for tests of everything around it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """What `kvferry serve` needs; `admin_port` has the flag --admin-port and the variable KVFERRY_ADMIN_PORT."""
+
+    model: str
+    engine_argv: tuple[str, ...] = ()
+    """`vllm serve` flags, as the user wrote them."""
+    instances: int = 2
+    gateways: int = 1
+    host: str = "127.0.0.1"
+    """Where the OpenAI endpoint listens. Everything else listens on 127.0.0.1."""
+    port: int = 8000
+    admin_port: int = 50051
+    ray_address: str = ""
+    """Empty: a Ray of our own, which ends with us."""
+    engine: Engine = Engine.VLLM
+    rebalance: bool = True
+    tick_s: float = 0.5
+    threshold_steps: float = 512.0
+    margin_steps: float = 64.0
+    rest_s: float = 10.0
+    max_migrations: int = 2
+    start_timeout_s: float = 300.0
+    journal: str = ""
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "name a model: its folder, or its name on the hub")
+        _require(1 <= self.instances <= 64, f"--instances is {self.instances}, it must be from 1 to 64")
+        _require(0 <= self.gateways <= 16, f"--gateways is {self.gateways}, it must be from 0 to 16")
+        _require(0 <= self.port <= 65535, f"--port is {self.port}, it must be from 0 to 65535")
+        _require(0 <= self.admin_port <= 65535, f"--admin-port is {self.admin_port}, it must be from 0 to 65535")
+        _require(self.port != self.admin_port or self.port == 0, f"--port and --admin-port are both {self.port}")
+        _require(
+            self.port != 0 or self.gateways <= 1, "--port 0 (any free port) needs --gateways 1: gateways share one"
+        )
+        _require(0.05 <= self.tick_s <= 60, f"--tick-s is {self.tick_s:g}, it must be from 0.05 to 60")
+        _require(self.margin_steps >= 0, f"--margin-steps is {self.margin_steps:g}, it cannot be negative")
+        _require(self.threshold_steps >= 0, f"--threshold-steps is {self.threshold_steps:g}, it cannot be negative")
+        _require(self.rest_s >= 0, f"--rest-s is {self.rest_s:g}, it cannot be negative")
+        _require(1 <= self.max_migrations <= 16, f"--max-migrations is {self.max_migrations}, it must be from 1 to 16")
+        _require(self.start_timeout_s > 0, f"--start-timeout-s is {self.start_timeout_s:g}, it must be positive")
+        levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+        _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
+
+
+def serve_config(
+    flags: Mapping[str, object], environment: Mapping[str, str], file: Path | None, engine_argv: tuple[str, ...]
+) -> ServeConfig:
+    """Merge the three sources. `flags` that are None were not given. Raises ConfigError (one line)."""
+    hints = get_type_hints(ServeConfig)
+    in_file = _read_file(file) if file is not None else {}
+    merged: dict[str, Any] = {}
+    file_argv = in_file.pop("engine_argv", [])
+    if not isinstance(file_argv, list):
+        raise ConfigError(f"{file}: engine_argv must be a list, such as ['--max-model-len', '2048']")
+    for field in dataclasses.fields(ServeConfig):
+        if field.name == "engine_argv":
+            continue
+        variable = PREFIX + field.name.upper()
+        flag = flags.get(field.name)
+        if flag is not None:
+            merged[field.name] = _parsed(flag, hints[field.name], "--" + field.name.replace("_", "-"))
+        elif variable in environment:
+            merged[field.name] = _parsed(environment[variable], hints[field.name], variable)
+        elif field.name in in_file:
+            merged[field.name] = _parsed(in_file[field.name], hints[field.name], f"{file}: {field.name}")
+        in_file.pop(field.name, None)
+    if in_file:
+        raise ConfigError(f"{file}: unknown setting {sorted(in_file)[0]!r}")
+    merged.setdefault("model", "")
+    return ServeConfig(**merged, engine_argv=(*(str(argument) for argument in file_argv), *engine_argv))
+
+
+def serve_config_here(flags: Mapping[str, object], file: Path | None, engine_argv: tuple[str, ...]) -> ServeConfig:
+    """`serve_config` with the environment of this process; KVFERRY_CONFIG names the file when no flag does."""
+    named = os.environ.get(PREFIX + "CONFIG")
+    return serve_config(flags, os.environ, file or (Path(named) if named else None), engine_argv)
+
+
+def admin_address(flag: str | None) -> str:
+    """`host:port` of the admin API: the flag, else KVFERRY_ADMIN, else port KVFERRY_ADMIN_PORT, else the default."""
+    port = os.environ.get(PREFIX + "ADMIN_PORT")
+    address = flag or os.environ.get(PREFIX + "ADMIN") or (f"127.0.0.1:{port}" if port else DEFAULT_ADMIN)
+    host, colon, number = address.rpartition(":")
+    if not colon or not host or not number.isdecimal():
+        raise ConfigError(f"the admin address {address!r} is not of the form HOST:PORT")
+    return address
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415 - only needed here
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold settings, such as `instances: 2`")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _parsed(value: object, kind: type, where: str) -> object:
+    """The value as the field's type. Raises ConfigError naming where it was written."""
+    text = str(value).strip()
+    try:
+        if kind is bool:
+            if text.lower() in _TRUE | _FALSE:
+                return text.lower() in _TRUE
+            raise ValueError
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if issubclass(kind, Enum):
+            return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is {text!r}, it must be {_meaning(kind)}") from error
+    return text.upper() if where.lower().replace("-", "_").endswith("log_level") else text
+
+
+def _meaning(kind: type) -> str:
+    if kind is bool:
+        return "true or false"
+    if issubclass(kind, Enum):
+        return "one of " + ", ".join(str(member.value) for member in kind)
+    return "a whole number" if kind is int else "a number"
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise ConfigError(reason)

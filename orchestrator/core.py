@@ -1,0 +1,349 @@
+"""What should happen now? The orchestrator's pure core: events in, effects out; no clock, no I/O, everything bounded.
+
+Its picture of the cluster is made of reports, so it may be wrong: instances refuse what does not fit the truth, and
+that comes back as an ordinary event. Commands are answered exactly once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import assert_never
+
+from instance.lifecycle import State
+from migration.types import Epoch, InstanceId, Outcome, RequestId
+from orchestrator import view
+from orchestrator.effects import (
+    Answer,
+    DrainAccepted,
+    Drained,
+    Effect,
+    FenceInstance,
+    MigrationFinished,
+    Refused,
+    SetDraining,
+    StartMigration,
+    Undrained,
+    UpdateMembers,
+)
+from orchestrator.errors import LimitExceeded, RefusalKind
+from orchestrator.events import (
+    DrainingSet,
+    DrainRequested,
+    Event,
+    GatewayLost,
+    GatewayStarted,
+    InstanceLost,
+    InstanceStarted,
+    MigrateRequested,
+    MigrationEnded,
+    MigrationNumber,
+    ReportReceived,
+    RequestsReceived,
+    Ticked,
+    Token,
+    UndrainRequested,
+    WaiterGone,
+)
+from orchestrator.policy.drain import plan_drain
+from orchestrator.policy.moves import InstanceView, Move
+from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.resting import RestingPlace
+from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
+
+
+class Orchestrator:
+    """The core. One per cluster; `on` is its only way in, `snapshot` its only way out besides effects."""
+
+    def __init__(self, params: CoreParams) -> None:
+        self._params = params
+        self._instances: dict[InstanceId, InstanceRecord] = {}
+        self._stopped: deque[InstanceRecord] = deque(maxlen=params.max_stopped)
+        self._gateways: dict[str, GatewayRecord] = {}
+        self._in_flight: dict[MigrationNumber, MigrationRecord] = {}
+        self._history: deque[MigrationRecord] = deque(maxlen=params.max_history)
+        self._drain_waiters: dict[Token, InstanceId] = {}
+        self._num_migrations = 0
+        self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
+        self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
+        self._pair_rests: RestingPlace[tuple[InstanceId, InstanceId]] = RestingPlace(params.max_resting)
+
+    def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911 - one case an event
+        """Take one event in. Raises LimitExceeded, and changes nothing, when there are too many processes."""
+        match event:
+            case InstanceStarted():
+                return self._on_instance_started(event)
+            case InstanceLost():
+                return self._on_instance_lost(event)
+            case GatewayStarted():
+                return self._on_gateway_started(event)
+            case GatewayLost():
+                return self._on_gateway_lost(event)
+            case ReportReceived():
+                return self._on_report(event, now_s)
+            case RequestsReceived():
+                return self._on_requests(event, now_s)
+            case MigrationEnded():
+                return self._on_migration_ended(event, now_s)
+            case DrainingSet():
+                return self._on_draining_set(event, now_s)
+            case Ticked():
+                return self._on_tick(now_s)
+            case DrainRequested():
+                return self._on_drain_requested(event)
+            case UndrainRequested():
+                return self._on_undrain_requested(event)
+            case MigrateRequested():
+                return self._on_migrate_requested(event, now_s)
+            case WaiterGone():
+                return self._on_waiter_gone(event)
+            case _:
+                assert_never(event)
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """What is known now, frozen."""
+        instances = [*self._stopped, *self._instances.values()]
+        migrations = [*self._history, *self._in_flight.values()]
+        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s)
+
+    # ------------------------------------------------------------------ who is there
+    def _on_instance_started(self, event: InstanceStarted) -> list[Effect]:
+        incarnation = event.incarnation
+        known = self._instances.get(incarnation.instance)
+        if known is not None and known.epoch >= incarnation.epoch:
+            return []
+        if known is None and len(self._instances) >= self._params.max_instances:
+            raise LimitExceeded(f"{self._params.max_instances} instances are there already (max_instances)")
+        effects: list[Effect] = []
+        if known is not None:
+            replaced = InstanceLost(known.instance, known.epoch, f"replaced by epoch {incarnation.epoch}")
+            effects += self._end_instance(known, replaced)
+        self._instances[incarnation.instance] = InstanceRecord(
+            incarnation, event.actor_name, event.model, event.block_size, event.total_blocks, event.process_id
+        )
+        return [*effects, self._update_members(f"{incarnation.instance} started")]
+
+    def _on_instance_lost(self, event: InstanceLost) -> list[Effect]:
+        known = self._instances.get(event.instance)
+        if known is None or known.epoch != event.epoch:
+            return []
+        return [*self._end_instance(known, event), self._update_members(f"{event.instance} was lost: {event.reason}")]
+
+    def _end_instance(self, record: InstanceRecord, event: InstanceLost) -> list[Effect]:
+        """Forget it and fence it. Its migrations end by their own events: the shell reports each of them."""
+        del self._instances[record.instance]
+        record.state, record.reason = State.STOPPED, event.reason
+        record.load, record.requests = None, ()
+        self._stopped.append(record)
+        lost = Refused(RefusalKind.OVERTAKEN, f"{record.instance} was lost: {event.reason}")
+        peers = tuple(sorted(self._instances))
+        fence = FenceInstance(record.instance, record.epoch, peers, event.reason)
+        return [fence, *self._answer_drain_waiters(record.instance, lost)]
+
+    def _on_gateway_started(self, event: GatewayStarted) -> list[Effect]:
+        if event.gateway not in self._gateways and len(self._gateways) >= self._params.max_gateways:
+            raise LimitExceeded(f"{self._params.max_gateways} gateways are there already (max_gateways)")
+        record = GatewayRecord(event.gateway, event.actor_name, event.url, event.process_id)
+        self._gateways[event.gateway] = record
+        return [self._update_members(f"{event.gateway} started")]
+
+    def _on_gateway_lost(self, event: GatewayLost) -> list[Effect]:
+        record = self._gateways.get(event.gateway)
+        if record is not None:
+            record.alive, record.reason = False, event.reason
+        return []
+
+    def _update_members(self, reason: str) -> UpdateMembers:
+        return view.members(list(self._instances.values()), reason)
+
+    # ------------------------------------------------------------------ what they say
+    def _on_report(self, event: ReportReceived, now_s: float) -> list[Effect]:
+        report = event.report
+        record = self._current(InstanceId(report.instance), Epoch(report.epoch))
+        if record is None or (record.load is not None and report.step < record.load.step):
+            return []
+        record.load, record.load_at_s = report, now_s
+        return self._check_drained(record)
+
+    def _on_requests(self, event: RequestsReceived, now_s: float) -> list[Effect]:
+        record = self._current(InstanceId(event.report.instance), Epoch(event.report.epoch))
+        if record is None:
+            return []
+        record.requests, record.requests_at_s = event.report.requests, now_s
+        return self._check_drained(record)
+
+    def _current(self, instance: InstanceId, epoch: Epoch) -> InstanceRecord | None:
+        record = self._instances.get(instance)
+        return record if record is not None and record.epoch == epoch else None
+
+    def _check_drained(self, record: InstanceRecord) -> list[Effect]:
+        """Answer the waiters once the instance has confirmed, and both reports say, that nothing is left."""
+        if record.drained or not view.is_empty(record) or self._moves_at(record.instance):
+            return []
+        record.drained = True
+        return self._answer_drain_waiters(record.instance, Drained(record.instance))
+
+    def _moves_at(self, instance: InstanceId) -> int:
+        return sum(instance in (move.source.instance, move.destination.instance) for move in self._in_flight.values())
+
+    # ------------------------------------------------------------------ drain
+    def _on_drain_requested(self, event: DrainRequested) -> list[Effect]:
+        record = self._instances.get(event.instance)
+        refusal = self._why_not_drain(event, record)
+        if refusal is not None or record is None:
+            return [Answer(event.token, refusal or view.no_such_instance(event.instance, self._instances))]
+        effects: list[Effect] = []
+        if record.state is not State.DRAINING:
+            record.state, record.drained, record.draining_set_at_s = State.DRAINING, False, None
+            effects = [
+                SetDraining(record.instance, record.epoch, True, "asked for"),
+                self._update_members(f"{record.instance} is draining"),
+            ]
+        if not event.wait:
+            return [*effects, Answer(event.token, DrainAccepted(record.instance, len(record.requests)))]
+        if record.drained:
+            return [*effects, Answer(event.token, Drained(record.instance))]
+        self._drain_waiters[event.token] = record.instance
+        return effects
+
+    def _why_not_drain(self, event: DrainRequested, record: InstanceRecord | None) -> Refused | None:
+        if record is None:
+            return view.no_such_instance(event.instance, self._instances)
+        if record.state is State.DRAINING:
+            if not event.wait:
+                return Refused(RefusalKind.PRECONDITION, f"{event.instance} is draining already")
+        elif not any(other.state is State.SERVING for other in self._instances.values() if other is not record):
+            return Refused(
+                RefusalKind.PRECONDITION,
+                f"{event.instance} is the last instance that serves; nothing could go anywhere",
+            )
+        if event.wait and len(self._drain_waiters) >= self._params.max_waiters:
+            return Refused(RefusalKind.EXHAUSTED, f"{self._params.max_waiters} callers are waiting already")
+        return None
+
+    def _on_undrain_requested(self, event: UndrainRequested) -> list[Effect]:
+        record = self._instances.get(event.instance)
+        if record is None:
+            return [Answer(event.token, view.no_such_instance(event.instance, self._instances))]
+        if record.state is not State.DRAINING:
+            refusal = Refused(RefusalKind.PRECONDITION, f"{event.instance} is not draining, it is {record.state.value}")
+            return [Answer(event.token, refusal)]
+        record.state, record.drained, record.draining_set_at_s = State.SERVING, False, None
+        overtaken = Refused(RefusalKind.OVERTAKEN, f"{event.instance} was put back into service")
+        return [
+            SetDraining(record.instance, record.epoch, False, "asked for"),
+            self._update_members(f"{record.instance} serves again"),
+            *self._answer_drain_waiters(record.instance, overtaken),
+            Answer(event.token, Undrained(record.instance)),
+        ]
+
+    def _on_draining_set(self, event: DrainingSet, now_s: float) -> list[Effect]:
+        record = self._current(event.instance, event.epoch)
+        if record is None or (record.state is State.DRAINING) is not event.draining:
+            return []  # overtaken by another command, whose own confirmation will come
+        if event.error is None:
+            record.draining_set_at_s = now_s if event.draining else None
+            return []
+        if not event.draining:
+            return []  # it goes on refusing; a later undrain tries again
+        record.state, record.reason = State.SERVING, event.error
+        refusal = Refused(RefusalKind.UNAVAILABLE, f"{event.instance} did not start draining: {event.error}")
+        return [
+            self._update_members(f"{event.instance} did not start draining"),
+            *self._answer_drain_waiters(event.instance, refusal),
+        ]
+
+    def _answer_drain_waiters(self, instance: InstanceId, result: Drained | Refused) -> list[Effect]:
+        tokens = [token for token, waited_for in self._drain_waiters.items() if waited_for == instance]
+        for token in tokens:
+            del self._drain_waiters[token]
+        return [Answer(token, result) for token in tokens]
+
+    def _on_waiter_gone(self, event: WaiterGone) -> list[Effect]:
+        self._drain_waiters.pop(event.token, None)
+        for number, record in self._in_flight.items():
+            if record.token == event.token:
+                self._in_flight[number] = view.without_caller(record)
+        return []
+
+    # ------------------------------------------------------------------ moves
+    def _on_tick(self, now_s: float) -> list[Effect]:
+        for place in (self._request_rests, self._drain_rests):
+            place.forget_rested(now_s)
+        self._pair_rests.forget_rested(now_s)
+        drains = plan_drain(self._views(now_s), self._drain_rests.names(), self._params.drain)
+        effects: list[Effect] = [self._start(move, None, "live", now_s) for move in drains]
+        if self._params.is_rebalancing:
+            resting = Resting(self._request_rests.names(), self._pair_rests.names())
+            moves = plan_rebalance(self._views(now_s), resting, self._params.rebalance)
+            effects += [self._start(move, None, "live", now_s) for move in moves]
+        return effects
+
+    def _views(self, now_s: float) -> tuple[InstanceView, ...]:
+        return view.instance_views(list(self._instances.values()), list(self._in_flight.values()), self._params, now_s)
+
+    def _on_migrate_requested(self, event: MigrateRequested, now_s: float) -> list[Effect]:
+        found = view.find_move(event, self._instances, list(self._in_flight.values()), self._params, now_s)
+        if isinstance(found, Refused):
+            return [Answer(event.token, found)]
+        return [self._start(found, event.token, event.mode, now_s)]
+
+    def _start(self, move: Move, token: Token | None, mode: str, now_s: float) -> StartMigration:
+        self._num_migrations += 1
+        number = MigrationNumber(self._num_migrations)
+        source, destination = self._instances[move.source], self._instances[move.destination]
+        self._in_flight[number] = MigrationRecord(
+            number=number,
+            request_id=move.request_id,
+            source=source.incarnation,
+            destination=destination.incarnation,
+            mode=mode,
+            cause=move.reason,
+            priority=move.priority,
+            num_blocks=move.num_blocks,
+            started_s=now_s,
+            token=token,
+        )
+        return StartMigration(
+            number, move.request_id, source.incarnation, destination.incarnation, mode, move.reason, move.signal_age_s
+        )
+
+    def _on_migration_ended(self, event: MigrationEnded, now_s: float) -> list[Effect]:
+        record = self._in_flight.pop(event.number, None)
+        if record is None:
+            return []
+        ended = view.ended(record, event, now_s)
+        self._history.append(ended)
+        rest = self._params.rebalance
+        self._drain_rests.rest(record.request_id, now_s + self._params.drain.retry_s)
+        self._request_rests.rest(record.request_id, now_s + rest.rest_s)
+        if event.outcome is not Outcome.COMMITTED:
+            pair = (record.source.instance, record.destination.instance)
+            self._pair_rests.rest(pair, now_s + rest.pair_rest_s)
+        effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []
+        for instance in (record.source.instance, record.destination.instance):
+            if instance in self._instances:
+                effects += self._check_drained(self._instances[instance])
+        return effects
+
+    # ------------------------------------------------------------------ tests
+    def check_integrity(self) -> None:
+        """Raise AssertionError when two of its records contradict each other or a bound is passed."""
+        params = self._params
+        assert len(self._instances) <= params.max_instances
+        assert len(self._gateways) <= params.max_gateways
+        assert len(self._drain_waiters) <= params.max_waiters
+        assert set(self._drain_waiters.values()) <= self._instances.keys(), "a waiter of no instance"
+        moving = [record.request_id for record in self._in_flight.values()]
+        assert len(moving) == len(set(moving)), "a request moves twice at once"
+        assert all(record.outcome is None for record in self._in_flight.values())
+        assert all(record.outcome is not None for record in self._history)
+        for instance, record in self._instances.items():
+            assert record.instance == instance
+            assert record.state in (State.SERVING, State.DRAINING), "an ended instance is among the living"
+            assert not record.drained or record.state is State.DRAINING
+            sends = sum(move.source == record.incarnation for move in self._in_flight.values())
+            receives = sum(move.destination == record.incarnation for move in self._in_flight.values())
+            assert sends <= params.max_migrations_out, "too many migrations out"
+            assert receives <= params.max_migrations_in, "too many migrations in"
+            for token, waited_for in self._drain_waiters.items():
+                assert waited_for != instance or record.state is State.DRAINING, f"token {token} waits for no drain"

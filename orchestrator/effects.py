@@ -1,0 +1,105 @@
+"""What can the orchestrator's core ask of its shell? Every effect, as an imperative; failures come back as events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instance.lifecycle import State
+from migration.types import Epoch, Incarnation, InstanceId, RequestId
+from orchestrator.errors import RefusalKind
+from orchestrator.events import MigrationNumber, Token
+from orchestrator.state import MigrationRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StartMigration:
+    """Have the source move one request; the shell answers with one `MigrationEnded`, whatever happens."""
+
+    number: MigrationNumber
+    request_id: RequestId
+    source: Incarnation
+    destination: Incarnation
+    mode: str
+    reason: str
+    signal_age_s: float
+    """Age of the oldest report the decision rests on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetDraining:
+    """Tell the instance to refuse (or to take) new work; the shell answers with one `DrainingSet`."""
+
+    instance: InstanceId
+    epoch: Epoch
+    draining: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One live instance, as gateways must know it."""
+
+    incarnation: Incarnation
+    actor_name: str
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMembers:
+    """Tell every gateway who is there; whoever is missing is gone."""
+
+    members: tuple[Member, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FenceInstance:
+    """Tell the peers that this incarnation is over: migrations with it end, its late messages count for nothing."""
+
+    instance: InstanceId
+    epoch: Epoch
+    peers: tuple[InstanceId, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    kind: RefusalKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAccepted:
+    instance: InstanceId
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The instance is empty."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Undrained:
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationFinished:
+    record: MigrationRecord
+
+
+Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer the caller that waits under this token."""
+
+    token: Token
+    result: Result
+
+
+Effect = StartMigration | SetDraining | UpdateMembers | FenceInstance | Answer

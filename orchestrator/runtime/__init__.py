@@ -1,0 +1,1 @@
+"""The shells that carry out the core's effects on a Ray cluster."""

@@ -1,0 +1,96 @@
+"""The orchestrator's process: a detached Ray actor that holds the loop and serves the gRPC admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import msgspec
+
+from instance.mailbox import Mailbox
+from migration.types import Epoch, Incarnation, InstanceId
+from orchestrator import log
+from orchestrator.admin.service import AdminServer
+from orchestrator.core import Orchestrator
+from orchestrator.events import GatewayStarted, InstanceStarted
+from orchestrator.policy.rebalance import RebalanceParams
+from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
+from orchestrator.runtime.ray_cluster import RayCluster
+from orchestrator.runtime.spec import OrchestratorSpec, OrchestratorStarted
+from orchestrator.state import CoreParams
+
+STOP_GRACE_S = 1.0
+
+
+class OrchestratorActor:
+    """`start` once; `lifetime` returns only when it was stopped, and raises when the loop failed."""
+
+    def __init__(self) -> None:
+        self._loop: OrchestratorLoop | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._server: AdminServer | None = None
+        self._mailbox: Mailbox | None = None
+        self._journal: Journal | None = None
+        self._started = asyncio.Event()
+
+    async def start(self, config: bytes) -> bytes:
+        """Start the loop and the admin API. Raises StartUpError when its port is taken."""
+        spec = msgspec.json.decode(config, type=OrchestratorSpec)
+        log.set_up(spec.log_level)
+        self._mailbox = Mailbox()
+        await self._mailbox.open(spec.host)
+        self._journal = Journal(Path(spec.journal), spec.journal_max_bytes) if spec.journal else None
+        loop = OrchestratorLoop(
+            Orchestrator(_core_params(spec)),
+            RayCluster(is_ours=False),
+            self._mailbox,
+            LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
+            self._journal,
+        )
+        self._server = AdminServer(loop)
+        address = await self._server.start(spec.host, spec.admin_port)
+        self._loop = loop
+        self._running = asyncio.get_running_loop().create_task(loop.run())
+        await asyncio.sleep(0)  # let `run` open its task group: what comes next starts tasks in it
+        for gateway in spec.gateways:
+            loop.add(GatewayStarted(gateway.gateway, gateway.actor_name, gateway.url, gateway.process_id))
+        for seat in spec.instances:
+            incarnation = Incarnation(InstanceId(seat.instance), Epoch(seat.epoch), seat.address)
+            loop.add(
+                InstanceStarted(
+                    incarnation, seat.actor_name, seat.model, seat.block_size, seat.total_blocks, seat.process_id
+                )
+            )
+        await loop.until_gateways_know()
+        self._started.set()
+        return msgspec.json.encode(OrchestratorStarted(address, os.getpid()))
+
+    async def lifetime(self) -> None:
+        await self._started.wait()
+        assert self._running is not None
+        await asyncio.shield(self._running)
+
+    async def stop(self) -> None:
+        """Stop answering, then stop the loop. What it would still have decided is not decided."""
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+        if self._loop is not None and self._running is not None:
+            self._loop.stop()
+            await asyncio.wait([self._running], timeout=STOP_GRACE_S)
+        if self._journal is not None:
+            self._journal.close()
+        if self._mailbox is not None:
+            self._mailbox.close()
+
+
+def _core_params(spec: OrchestratorSpec) -> CoreParams:
+    return CoreParams(
+        rebalance=RebalanceParams(
+            threshold_steps=spec.threshold_steps, margin_steps=spec.margin_steps, rest_s=spec.rest_s
+        ),
+        is_rebalancing=spec.rebalance,
+        max_migrations_out=spec.max_migrations,
+        max_migrations_in=spec.max_migrations,
+    )

@@ -1,0 +1,201 @@
+"""How does a whole kvferry come up and go down? Instances and gateways in parallel, then the orchestrator."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
+
+from instance.spec import EngineKind, InstanceSpec, InstanceStarted
+from orchestrator.config import Engine, ServeConfig
+from orchestrator.errors import ActorGone, CallFailed, StartUpError
+from orchestrator.gateway.spec import GatewayConfig
+from orchestrator.runtime import checks
+from orchestrator.runtime.ray_cluster import RayCluster, Resources
+from orchestrator.runtime.spec import GatewaySeat, InstanceSeat, OrchestratorSpec
+
+FIRST_EPOCH = 1
+LOCAL = "127.0.0.1"
+ORCHESTRATOR_START_S = 60.0
+HEALTHY_S = 30.0
+STOP_ORCHESTRATOR_S = 3.0
+STOP_GATEWAY_S = 4.0
+STOP_INSTANCE_S = 4.0
+
+
+class Phase(Enum):
+    """How far a process is."""
+
+    CREATED = "starting a process"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    name: str
+    phase: Phase
+    detail: str = ""
+
+
+OnProgress = Callable[[Progress], None]
+Started = TypeVar("Started", InstanceSeat, GatewaySeat)
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """What runs."""
+
+    instances: tuple[InstanceSeat, ...]
+    gateways: tuple[GatewaySeat, ...]
+    orchestrator: str
+    """Actor name."""
+    admin_address: str
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The OpenAI endpoints, each once."""
+        return tuple(dict.fromkeys(gateway.url for gateway in self.gateways))
+
+
+def instance_specs(config: ServeConfig, token: str) -> list[InstanceSpec]:
+    kind = EngineKind.FAKE if config.engine is Engine.FAKE else EngineKind.VLLM
+    return [
+        InstanceSpec(
+            instance=f"instance-{index}",
+            epoch=FIRST_EPOCH,
+            engine=kind,
+            engine_argv=(config.model, *config.engine_argv),
+            token=token,
+            max_migrations_in=config.max_migrations,
+            max_migrations_out=config.max_migrations,
+        )
+        for index in range(config.instances)
+    ]
+
+
+def gateway_configs(config: ServeConfig) -> list[GatewayConfig]:
+    return [
+        GatewayConfig(
+            argv=(config.model, *config.engine_argv),
+            host=config.host,
+            port=config.port,
+            gateway=f"gateway-{index}",
+            reuse_port=config.gateways > 1,
+        )
+        for index in range(config.gateways)
+    ]
+
+
+async def compose(
+    cluster: RayCluster, config: ServeConfig, resources: Resources, on_progress: OnProgress
+) -> Composition:
+    """Start everything. Raises StartUpError with the first failure's one line; what has started by then still runs."""
+    orchestrator = cluster.make_orchestrator()
+    specs, gateways = instance_specs(config, secrets.token_hex(16)), gateway_configs(config)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            instance_tasks = [
+                tasks.create_task(_start_instance(cluster, spec, resources, config.start_timeout_s, on_progress))
+                for spec in specs
+            ]
+            gateway_tasks = [
+                tasks.create_task(_start_gateway(cluster, item, config.start_timeout_s, on_progress))
+                for item in gateways
+            ]
+    except ExceptionGroup as group:
+        failures, others = group.split(StartUpError)
+        if failures is None or others is not None:
+            raise
+        raise failures.exceptions[0] from None
+    instance_seats = tuple(task.result() for task in instance_tasks)
+    gateway_seats = tuple(task.result() for task in gateway_tasks)
+    spec = OrchestratorSpec(
+        host=LOCAL,
+        admin_port=config.admin_port,
+        instances=instance_seats,
+        gateways=gateway_seats,
+        tick_s=config.tick_s,
+        rebalance=config.rebalance,
+        threshold_steps=config.threshold_steps,
+        margin_steps=config.margin_steps,
+        rest_s=config.rest_s,
+        max_migrations=config.max_migrations,
+        journal=config.journal,
+        log_level=config.log_level,
+    )
+    try:
+        started = await cluster.start_orchestrator(orchestrator, spec, ORCHESTRATOR_START_S)
+    except (ActorGone, CallFailed) as error:
+        raise StartUpError(f"orchestrator: {error}") from error
+    for url in dict.fromkeys(seat.url for seat in gateway_seats):
+        await checks.await_health(url, HEALTHY_S)
+    cluster.note_processes()
+    return Composition(instance_seats, gateway_seats, orchestrator, started.admin_address)
+
+
+async def _start_instance(
+    cluster: RayCluster, spec: InstanceSpec, resources: Resources, timeout_s: float, on_progress: OnProgress
+) -> InstanceSeat:
+    async def start() -> InstanceSeat:
+        on_progress(Progress(spec.instance, Phase.CREATED))
+        actor_name = cluster.make_instance(spec, resources)
+        process_id = await cluster.process_id(actor_name, timeout_s)
+        on_progress(Progress(spec.instance, Phase.LOADING, _engine_name(spec.engine)))
+        started = await cluster.start_instance(actor_name, spec, timeout_s)
+        on_progress(Progress(spec.instance, Phase.READY, _size(started)))
+        return InstanceSeat(
+            instance=started.instance,
+            epoch=started.epoch,
+            address=started.address,
+            actor_name=actor_name,
+            model=started.model,
+            block_size=started.block_size,
+            total_blocks=started.total_blocks,
+            process_id=process_id,
+        )
+
+    return await _reported(spec.instance, start(), on_progress)
+
+
+async def _start_gateway(
+    cluster: RayCluster, config: GatewayConfig, timeout_s: float, on_progress: OnProgress
+) -> GatewaySeat:
+    async def start() -> GatewaySeat:
+        on_progress(Progress(config.gateway, Phase.CREATED))
+        actor_name = cluster.make_gateway(config.gateway)
+        process_id = await cluster.process_id(actor_name, timeout_s)
+        on_progress(Progress(config.gateway, Phase.LOADING, "vLLM's OpenAI server"))
+        started = await cluster.start_gateway(actor_name, config, timeout_s)
+        on_progress(Progress(config.gateway, Phase.READY, started.url))
+        return GatewaySeat(config.gateway, actor_name, started.url, process_id)
+
+    return await _reported(config.gateway, start(), on_progress)
+
+
+async def _reported(name: str, work: Coroutine[None, None, Started], on_progress: OnProgress) -> Started:
+    try:
+        return await work
+    except (ActorGone, CallFailed, StartUpError) as error:
+        on_progress(Progress(name, Phase.FAILED, str(error)))
+        raise StartUpError(f"{name}: {error}") from error
+
+
+def _engine_name(kind: EngineKind) -> str:
+    return "vLLM" if kind is EngineKind.VLLM else "the fake engine"
+
+
+def _size(started: InstanceStarted) -> str:
+    num_tokens = started.total_blocks * started.block_size
+    return f"{num_tokens:,} tokens of KV cache in {started.total_blocks:,} blocks"
+
+
+async def dismantle(cluster: RayCluster, composition: Composition) -> None:
+    """Stop everything: deciding first, then the front door, then the engines. What does not stop in time is killed."""
+    await cluster.stop_actor(composition.orchestrator, STOP_ORCHESTRATOR_S)
+    await asyncio.gather(*(cluster.stop_actor(seat.actor_name, STOP_GATEWAY_S) for seat in composition.gateways))
+    await asyncio.gather(*(cluster.stop_actor(seat.actor_name, STOP_INSTANCE_S) for seat in composition.instances))

@@ -1,0 +1,315 @@
+"""How do events reach the core, and how are its effects carried out? The asyncio shell of the orchestrator.
+
+Every effect that can fail comes back as an event. What nobody expected ends the loop, visibly: the gateways go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from itertools import count
+from typing import assert_never
+
+from instance.mailbox import Mailbox
+from instance.messages import LoadReport, RequestReport, Subscribe
+from instance.spec import MigrationSummary
+from migration.types import Outcome
+from orchestrator.core import Orchestrator
+from orchestrator.effects import (
+    Answer,
+    Effect,
+    FenceInstance,
+    Member,
+    Result,
+    SetDraining,
+    StartMigration,
+    UpdateMembers,
+)
+from orchestrator.errors import ActorGone, CallFailed, LimitExceeded
+from orchestrator.events import (
+    DrainingSet,
+    Event,
+    GatewayLost,
+    GatewayStarted,
+    InstanceLost,
+    InstanceStarted,
+    MigrationEnded,
+    MigrationFigures,
+    ReportReceived,
+    RequestsReceived,
+    Ticked,
+    Token,
+    WaiterGone,
+)
+from orchestrator.log import fields, logger
+from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.ports import Fleet
+from orchestrator.state import Snapshot
+
+_log = logger("orchestrator")
+
+
+class _Stopped(Exception):
+    """Ends the loop's task group."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopParams:
+    tick_s: float = 0.5
+    subscribe_s: float = 1.0
+    lease_s: float = 5.0
+    """Instances send reports for so long after the last subscription."""
+    call_timeout_s: float = 10.0
+    migrate_timeout_s: float = 60.0
+    """After this a migration counts as ended with an unknown result (TIMED_OUT); the instances settle it by lease."""
+
+
+class OrchestratorLoop:
+    """One core, one fleet, one inbox. `run` until `stop`."""
+
+    def __init__(
+        self, core: Orchestrator, fleet: Fleet, mailbox: Mailbox, params: LoopParams, journal: Journal | None = None
+    ) -> None:
+        self._core = core
+        self._fleet = fleet
+        self._mailbox = mailbox
+        self._params = params
+        self._journal = journal
+        self._tasks: asyncio.TaskGroup | None = None
+        self._stopping = asyncio.Event()
+        self._tokens = count(1)
+        self._callers: dict[Token, asyncio.Future[Result]] = {}
+        self._members: tuple[Member, ...] = ()
+        self._members_changed = asyncio.Event()
+        self._gateways_know = asyncio.Event()
+        self._gateways: dict[str, str] = {}
+        """Actor names of live gateways, by gateway."""
+
+    async def run(self) -> None:
+        """Carry the core until `stop`. Raises what nobody expected."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for routine in (self._receive(), self._subscribe(), self._tick(), self._tell_gateways()):
+                    tasks.create_task(routine)
+                tasks.create_task(self._await_stop())
+        except* _Stopped:
+            pass
+        finally:
+            self._tasks = None
+            for caller in self._callers.values():
+                caller.cancel()
+
+    async def until_gateways_know(self) -> None:
+        """Return once every gateway has been told who is there now."""
+        await self._gateways_know.wait()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    # ------------------------------------------------------------------ what the admin API uses
+    def snapshot(self) -> Snapshot:
+        return self._core.snapshot(self._now_s())
+
+    async def ask(self, make: Callable[[Token], Event]) -> Result:
+        """Put a command to the core and wait for its answer; a cancelled caller is forgotten there, too."""
+        token = Token(next(self._tokens))
+        caller: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._callers[token] = caller
+        try:
+            self.handle(make(token))
+            return await caller
+        finally:
+            del self._callers[token]
+            if caller.cancelled():
+                self.handle(WaiterGone(token))
+
+    # ------------------------------------------------------------------ events in, effects out
+    def handle(self, event: Event) -> None:
+        """Give the core one event and carry out what it asks for."""
+        now_s = self._now_s()
+        effects = self._core.on(event, now_s)
+        if self._journal is not None:
+            self._journal.write(event, effects, now_s)
+        self._watch(event)
+        for effect in effects:
+            self._carry_out(effect)
+
+    def add(self, event: InstanceStarted | GatewayStarted) -> None:
+        """Take in a process that has started. Past its bounds the core ignores it, which is logged."""
+        try:
+            self.handle(event)
+        except LimitExceeded as error:
+            _log.error("not taken in %s", fields(actor=event.actor_name, reason=error))
+
+    def _watch(self, event: Event) -> None:
+        match event:
+            case InstanceStarted(incarnation=incarnation, actor_name=actor_name):
+                _log.info("instance started %s", fields(instance=incarnation.instance, epoch=incarnation.epoch))
+                self._subscribe_to(incarnation.address)
+                lost = (incarnation.instance, incarnation.epoch)
+                self._spawn(self._await_death(actor_name, lambda reason: InstanceLost(*lost, reason)), actor_name)
+            case GatewayStarted(gateway=gateway, actor_name=actor_name):
+                self._gateways[gateway] = actor_name
+                self._spawn(self._await_death(actor_name, lambda reason: GatewayLost(gateway, reason)), actor_name)
+            case InstanceLost(instance=instance, epoch=epoch, reason=reason):
+                _log.warning("instance lost %s", fields(instance=instance, epoch=epoch, reason=reason))
+            case GatewayLost(gateway=gateway, reason=reason):
+                _log.warning("gateway lost %s", fields(gateway=gateway, reason=reason))
+                self._gateways.pop(gateway, None)
+            case MigrationEnded():
+                _log.info(
+                    "migration ended %s",
+                    fields(number=event.number, outcome=event.outcome.value, reason=event.reason or "none"),
+                )
+            case _:
+                pass
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case StartMigration():
+                _log.info(
+                    "migration started %s",
+                    fields(
+                        number=effect.number,
+                        request=effect.request_id,
+                        source=effect.source.instance,
+                        destination=effect.destination.instance,
+                        reason=effect.reason,
+                        signal_age_s=effect.signal_age_s,
+                    ),
+                )
+                self._spawn(self._migrate(effect), f"migration-{effect.number}")
+            case SetDraining():
+                _log.info("set draining %s", fields(instance=effect.instance, draining=effect.draining))
+                self._spawn(self._set_draining(effect), f"draining-{effect.instance}")
+            case UpdateMembers():
+                _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
+                self._members = effect.members
+                self._members_changed.set()
+                self._gateways_know.clear()
+            case FenceInstance():
+                for peer in effect.peers:
+                    self._spawn(self._fence(effect, self._actor_name(peer)), f"fence-{effect.instance}-{peer}")
+            case Answer(token=token, result=result):
+                caller = self._callers.get(token)
+                if caller is not None and not caller.done():
+                    caller.set_result(result)
+            case _:
+                assert_never(effect)
+
+    # ------------------------------------------------------------------ effects
+    async def _migrate(self, effect: StartMigration) -> None:
+        try:
+            summary = await self._fleet.migrate(
+                self._actor_name(effect.source.instance),
+                effect.request_id,
+                effect.destination,
+                effect.mode,
+                self._params.migrate_timeout_s,
+            )
+        except ActorGone as error:
+            self.handle(MigrationEnded(effect.number, Outcome.SOURCE_LOST, str(error), MigrationFigures()))
+        except CallFailed as error:
+            self.handle(MigrationEnded(effect.number, Outcome.FAULT, str(error), MigrationFigures()))
+        else:
+            self.handle(ended(effect, summary))
+
+    async def _set_draining(self, effect: SetDraining) -> None:
+        error: str | None = None
+        try:
+            await self._fleet.set_draining(
+                self._actor_name(effect.instance), effect.draining, self._params.call_timeout_s
+            )
+        except (ActorGone, CallFailed) as failure:
+            error = str(failure)
+        self.handle(DrainingSet(effect.instance, effect.epoch, effect.draining, error))
+
+    async def _fence(self, effect: FenceInstance, peer_actor: str) -> None:
+        try:
+            await self._fleet.member_lost(peer_actor, effect.instance, effect.epoch, self._params.call_timeout_s)
+        except (ActorGone, CallFailed) as error:
+            _log.warning("peer not told %s", fields(peer=peer_actor, lost=effect.instance, reason=error))
+
+    async def _await_death(self, actor_name: str, make: Callable[[str], Event]) -> None:
+        reason = await self._fleet.wait_dead(actor_name)
+        self.handle(make(reason))
+
+    # ------------------------------------------------------------------ routines
+    async def _await_stop(self) -> None:
+        await self._stopping.wait()
+        raise _Stopped
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self._mailbox.receive()
+            if isinstance(message, LoadReport):
+                self.handle(ReportReceived(message))
+            elif isinstance(message, RequestReport):
+                self.handle(RequestsReceived(message))
+
+    async def _subscribe(self) -> None:
+        while True:
+            for member in self._members:
+                self._subscribe_to(member.incarnation.address)
+            await asyncio.sleep(self._params.subscribe_s)
+
+    def _subscribe_to(self, address: str) -> None:
+        self._mailbox.send(address, Subscribe(self._mailbox.address, self._params.lease_s, with_requests=True))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._params.tick_s)
+            self.handle(Ticked())
+            if self._journal is not None:
+                self._journal.flush()
+
+    async def _tell_gateways(self) -> None:
+        """Push the latest membership to all gateways, one push at a time so that no older one overtakes a newer one."""
+        while True:
+            await self._members_changed.wait()
+            self._members_changed.clear()
+            members = self._members
+            await asyncio.gather(*(self._tell(actor_name, members) for actor_name in self._gateways.values()))
+            if not self._members_changed.is_set():
+                self._gateways_know.set()
+
+    async def _tell(self, actor_name: str, members: tuple[Member, ...]) -> None:
+        try:
+            await self._fleet.set_members(actor_name, members, self._params.call_timeout_s)
+        except ActorGone:
+            return  # its death notice is on its way
+        except CallFailed as error:
+            _log.warning("gateway not told %s", fields(gateway=actor_name, reason=error))
+            self._members_changed.set()
+
+    # ------------------------------------------------------------------ small things
+    def _actor_name(self, instance: str) -> str:
+        return next((item.actor_name for item in self._members if item.incarnation.instance == instance), "")
+
+    def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+        if self._tasks is None:
+            work.close()
+            return
+        self._tasks.create_task(work, name=name)
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def ended(effect: StartMigration, summary: MigrationSummary) -> MigrationEnded:
+    """The event that a source's summary stands for."""
+    figures = MigrationFigures(
+        cached_tokens=summary.cached_tokens,
+        moved_tokens=summary.moved_tokens,
+        num_stages=summary.num_stages,
+        copied_blocks=summary.copied_blocks,
+        tail_blocks=summary.tail_blocks,
+        num_bytes=summary.num_bytes,
+        duration_s=summary.duration_s,
+        stopped_s=summary.stopped_s,
+        steps_during_copy=summary.steps_during_copy,
+    )
+    return MigrationEnded(effect.number, Outcome(summary.outcome), summary.reason, figures)

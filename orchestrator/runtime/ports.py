@@ -1,0 +1,28 @@
+"""What does the loop need from the cluster? One port: calls to actors by name, and the notice of their death."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from instance.spec import MigrationSummary
+from migration.types import Epoch, Incarnation, InstanceId
+from orchestrator.effects import Member
+
+
+class Fleet(Protocol):
+    """Calls to the actors of instances and gateways. Each raises ActorGone or CallFailed, and has a deadline."""
+
+    async def migrate(
+        self, actor_name: str, request_id: str, destination: Incarnation, mode: str, timeout_s: float
+    ) -> MigrationSummary:
+        """Have the source move one request and wait for the end of it, whatever the outcome."""
+
+    async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None: ...
+
+    async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None: ...
+
+    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
+        """Tell a gateway who is there."""
+
+    async def wait_dead(self, actor_name: str) -> str:
+        """Return, with the reason in one line, once the actor's process is gone."""

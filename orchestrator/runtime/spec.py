@@ -1,0 +1,54 @@
+"""What crosses Ray between the starting process, the orchestrator and the gateways? (msgspec JSON.)"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class InstanceSeat(msgspec.Struct, frozen=True):
+    """An instance that has started, and how to reach its actor."""
+
+    instance: str
+    epoch: int
+    address: str
+    actor_name: str
+    model: str
+    block_size: int
+    total_blocks: int
+    process_id: int = 0
+
+
+class GatewaySeat(msgspec.Struct, frozen=True):
+    """A gateway that has started, and how to reach its actor."""
+
+    gateway: str
+    actor_name: str
+    url: str
+    process_id: int = 0
+
+
+class OrchestratorSpec(msgspec.Struct, frozen=True):
+    """What the orchestrator's actor needs to start."""
+
+    host: str
+    admin_port: int
+    """0: any free one."""
+    instances: tuple[InstanceSeat, ...] = ()
+    gateways: tuple[GatewaySeat, ...] = ()
+    tick_s: float = 0.5
+    rebalance: bool = True
+    threshold_steps: float = 512.0
+    margin_steps: float = 64.0
+    rest_s: float = 10.0
+    max_migrations: int = 2
+    """In and out per instance."""
+    migrate_timeout_s: float = 60.0
+    journal: str = ""
+    """File of events and decisions; none when empty."""
+    journal_max_bytes: int = 64 << 20
+    log_level: str = "INFO"
+
+
+class OrchestratorStarted(msgspec.Struct, frozen=True):
+    admin_address: str
+    process_id: int

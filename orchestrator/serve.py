@@ -1,0 +1,146 @@
+"""What does `kvferry serve` do in the foreground? Check, start, say what happens, wait for a signal, stop it all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator.config import Engine, ServeConfig
+from orchestrator.errors import StartUpError
+from orchestrator.runtime import checks
+from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle
+from orchestrator.runtime.ray_cluster import RayCluster, Resources
+
+FORCED_EXIT = 130
+
+
+def run(config: ServeConfig, console: Console) -> None:
+    """Serve until SIGINT or SIGTERM. Raises StartUpError with one line; nothing is left running either way."""
+    signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes both signals over
+    checks.check_port(config.host, config.port, "--port")
+    checks.check_port("127.0.0.1", config.admin_port, "--admin-port")
+    if config.journal and not Path(config.journal).absolute().parent.is_dir():
+        raise StartUpError(f"--journal: there is no folder {Path(config.journal).absolute().parent}")
+    tensor_parallel_size = 1
+    if config.engine is Engine.VLLM:
+        with console.status("checking the flags with vLLM's own parser"):
+            tensor_parallel_size = checks.parse_engine_argv((config.model, *config.engine_argv)).tensor_parallel_size
+    with console.status("starting Ray"):
+        cluster = (
+            RayCluster.join(config.ray_address) if config.ray_address else RayCluster.start_local(config.instances)
+        )
+    foreground = _Foreground(config, cluster, console)
+    try:
+        resources = _resources(config, cluster, tensor_parallel_size)
+        asyncio.run(foreground.run(resources))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes three seconds at most
+        cluster.shutdown()
+    console.print("stopped; nothing is left running")
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _resources(config: ServeConfig, cluster: RayCluster, tensor_parallel_size: int) -> Resources:
+    num_gpus = cluster.num_gpus()
+    if config.engine is Engine.FAKE or num_gpus == 0:
+        return Resources(num_gpus=0)
+    needed = config.instances * tensor_parallel_size
+    if needed > num_gpus:
+        raise StartUpError(
+            f"{config.instances} instances of {tensor_parallel_size} GPUs need {needed}, there are {num_gpus:g}:"
+            " lower --instances or --tensor-parallel-size"
+        )
+    return Resources(num_gpus=float(tensor_parallel_size))
+
+
+class _Foreground:
+    """The starting process while everything runs."""
+
+    def __init__(self, config: ServeConfig, cluster: RayCluster, console: Console) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._console = console
+        self._stop = asyncio.Event()
+        self._is_stopping = False
+        self._began_s: dict[str, float] = {}
+
+    async def run(self, resources: Resources) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        composition: Composition | None = None
+        starting = asyncio.create_task(compose(self._cluster, self._config, resources, self._on_progress))
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return
+            composition = starting.result()
+            self._announce(composition)
+            await self._watch_until(stopping, composition)
+        finally:
+            starting.cancel()
+            stopping.cancel()
+            with suppress(asyncio.CancelledError, StartUpError):
+                await starting
+            if composition is not None:
+                await dismantle(self._cluster, composition)
+            self._cluster.kill_all()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._is_stopping:
+            self._say(f"{number.name} again: ending at once")
+            self._cluster.kill_all()
+            os._exit(FORCED_EXIT)
+        self._is_stopping = True
+        self._say(f"{number.name}: stopping gateways, then instances (once more to end at once)")
+        self._stop.set()
+
+    def _on_progress(self, progress: Progress) -> None:
+        now_s = time.monotonic()
+        match progress.phase:
+            case Phase.CREATED:
+                self._began_s[progress.name] = now_s
+            case Phase.LOADING:
+                self._say(f"{progress.name} loading {progress.detail} ...")
+            case Phase.READY:
+                took_s = now_s - self._began_s.get(progress.name, now_s)
+                self._say(f"{progress.name} ready in {took_s:.0f} s: {progress.detail}")
+            case Phase.FAILED:
+                self._say(f"{progress.name} failed")
+
+    def _announce(self, composition: Composition) -> None:
+        self._say(f"admin API on {composition.admin_address} (try `kvferry status`)")
+        folder = self._cluster.log_folder()
+        if folder:
+            self._say(f"logs of all processes in {folder}")
+        for url in composition.urls:
+            self._say(f"OpenAI endpoint on {url}/v1")
+        self._say("serving; Ctrl-C stops everything")
+
+    async def _watch_until(self, stopping: asyncio.Task[bool], composition: Composition) -> None:
+        """Say who is lost, until it is time to stop."""
+        named = [(seat.instance, seat.actor_name) for seat in composition.instances]
+        named += [(seat.gateway, seat.actor_name) for seat in composition.gateways]
+        named.append(("orchestrator", composition.orchestrator))
+        watches = [asyncio.create_task(self._watch(name, actor_name)) for name, actor_name in named]
+        await asyncio.wait([stopping])
+        for watch in watches:
+            watch.cancel()
+
+    async def _watch(self, name: str, actor_name: str) -> None:
+        reason = await self._cluster.wait_dead(actor_name)
+        if not self._is_stopping:
+            self._say(f"{name} was lost ({reason}); the others go on")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

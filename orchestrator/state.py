@@ -1,0 +1,133 @@
+"""What does the orchestrator remember? Records of instances, gateways and migrations, and a frozen snapshot of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from instance.lifecycle import State
+from instance.messages import LoadReport, RequestLoad
+from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
+from orchestrator.events import MigrationFigures, MigrationNumber, Token
+from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.rebalance import RebalanceParams
+
+
+@dataclass(frozen=True, slots=True)
+class CoreParams:
+    """Every bound and threshold of the core."""
+
+    rebalance: RebalanceParams = field(default_factory=RebalanceParams)
+    drain: DrainParams = field(default_factory=DrainParams)
+    is_rebalancing: bool = True
+    """False: requests move by command and by drain only."""
+    max_migrations_out: int = 2
+    """Migrations one instance sends at a time; no more than the instance itself allows."""
+    max_migrations_in: int = 2
+    stale_after_s: float = 1.5
+    """A report older than this says nothing about where to move what."""
+    max_instances: int = 256
+    max_stopped: int = 64
+    """Ended instances that `status` still shows."""
+    max_gateways: int = 64
+    max_history: int = 1000
+    """Ended migrations remembered."""
+    max_waiters: int = 256
+    """Callers waiting for a drain or a migration."""
+    max_resting: int = 16384
+    """Requests and pairs remembered as resting."""
+
+
+@dataclass(slots=True)
+class InstanceRecord:
+    """One incarnation of an instance."""
+
+    incarnation: Incarnation
+    actor_name: str
+    model: str
+    block_size: int
+    total_blocks: int
+    process_id: int
+    state: State = State.SERVING
+    reason: str = ""
+    load: LoadReport | None = None
+    load_at_s: float = 0.0
+    requests: tuple[RequestLoad, ...] = ()
+    requests_at_s: float = 0.0
+    draining_set_at_s: float | None = None
+    """When the instance confirmed that it takes nothing new; None: it has not (yet)."""
+    drained: bool = False
+
+    @property
+    def instance(self) -> InstanceId:
+        return self.incarnation.instance
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.incarnation.epoch
+
+
+@dataclass(slots=True)
+class GatewayRecord:
+    gateway: str
+    actor_name: str
+    url: str
+    process_id: int
+    alive: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationRecord:
+    """One migration the orchestrator started; `outcome` is None while it is in flight."""
+
+    number: MigrationNumber
+    request_id: RequestId
+    source: Incarnation
+    destination: Incarnation
+    mode: str
+    cause: str
+    priority: int
+    num_blocks: int
+    """Blocks the request held when the move was decided."""
+    started_s: float
+    token: Token | None = None
+    """The caller who waits for its end."""
+    outcome: Outcome | None = None
+    reason: str = ""
+    ended_s: float = 0.0
+    figures: MigrationFigures = field(default_factory=MigrationFigures)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSnapshot:
+    incarnation: Incarnation
+    model: str
+    block_size: int
+    total_blocks: int
+    process_id: int
+    state: State
+    reason: str
+    load: LoadReport | None
+    report_age_s: float | None
+    freeness_steps: float | None
+    requests: tuple[RequestLoad, ...]
+    requests_age_s: float
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySnapshot:
+    gateway: str
+    url: str
+    process_id: int
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the orchestrator knows at `now_s`; instances and gateways by name, migrations the latest first."""
+
+    now_s: float
+    instances: tuple[InstanceSnapshot, ...]
+    gateways: tuple[GatewaySnapshot, ...]
+    migrations: tuple[MigrationRecord, ...]

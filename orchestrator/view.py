@@ -1,0 +1,207 @@
+"""What do the records say? Frozen views for the policies and for people, and the look-ups a command needs. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from instance.lifecycle import State
+from instance.messages import LoadReport, RequestLoad
+from migration.types import Incarnation, InstanceId, RequestId
+from orchestrator.effects import Member, Refused, UpdateMembers
+from orchestrator.errors import RefusalKind
+from orchestrator.events import MigrateRequested, MigrationEnded
+from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.state import (
+    CoreParams,
+    GatewayRecord,
+    GatewaySnapshot,
+    InstanceRecord,
+    InstanceSnapshot,
+    MigrationRecord,
+    Snapshot,
+)
+
+_MAX_NAMED = 5
+"""Alternatives spelled out in a refusal."""
+
+
+def instance_views(
+    instances: list[InstanceRecord], in_flight: list[MigrationRecord], params: CoreParams, now_s: float
+) -> tuple[InstanceView, ...]:
+    """The live instances whose report is fresh, with the moves in flight counted as if they had been made."""
+    moving = {record.request_id for record in in_flight}
+    views: list[InstanceView] = []
+    for record in instances:
+        if record.load is None or now_s - record.load_at_s > params.stale_after_s:
+            continue
+        leaving = [move for move in in_flight if move.source == record.incarnation]
+        joining = [move for move in in_flight if move.destination == record.incarnation]
+        views.append(
+            InstanceView(
+                instance=record.instance,
+                load=_after(record.load, leaving, joining),
+                requests=tuple(item for item in record.requests if RequestId(item.request_id) not in moving),
+                draining=record.state is not State.SERVING or record.load.state != State.SERVING.value,
+                slots_out=max(0, params.max_migrations_out - len(leaving)),
+                slots_in=max(0, params.max_migrations_in - len(joining)),
+                signal_age_s=now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
+            )
+        )
+    return tuple(views)
+
+
+def _after(load: LoadReport, leaving: list[MigrationRecord], joining: list[MigrationRecord]) -> LoadReport:
+    reserved_blocks = load.reserved_blocks
+    for move in leaving:
+        load = after_leaving(load, move.priority, move.num_blocks)
+    for move in joining:
+        already = min(reserved_blocks, move.num_blocks)  # what the instance itself has set aside is not counted twice
+        reserved_blocks -= already
+        load = after_joining(load, move.priority, move.num_blocks - already)
+    return load
+
+
+def members(instances: list[InstanceRecord], reason: str) -> UpdateMembers:
+    ordered = sorted(instances, key=lambda record: record.instance)
+    return UpdateMembers(tuple(Member(item.incarnation, item.actor_name, item.state) for item in ordered), reason)
+
+
+def is_empty(record: InstanceRecord) -> bool:
+    """The instance has confirmed that it drains, and since then both its reports say that nothing is left on it."""
+    set_at_s, load = record.draining_set_at_s, record.load
+    if record.state is not State.DRAINING or set_at_s is None or load is None:
+        return False
+    is_quiet = load.num_running + load.num_waiting + load.migrations_in + load.migrations_out == 0
+    is_fresh = load.state == State.DRAINING.value and record.requests_at_s > set_at_s
+    return is_quiet and is_fresh and not record.requests
+
+
+# ---------------------------------------------------------------------- a command's look-ups
+def find_move(
+    event: MigrateRequested,
+    instances: Mapping[InstanceId, InstanceRecord],
+    in_flight: list[MigrationRecord],
+    params: CoreParams,
+    now_s: float,
+) -> Move | Refused:
+    """The one request that is meant, and whether it may go there now."""
+    destination = instances.get(event.destination)
+    if destination is None:
+        return no_such_instance(event.destination, instances)
+    found = _find_request(event.reference, instances)
+    if isinstance(found, Refused):
+        return found
+    source, request = found
+    refusal = _why_not_move(source, destination, request, in_flight, params)
+    if refusal is not None:
+        return refusal
+    return Move(
+        request_id=RequestId(request.request_id),
+        source=source.instance,
+        destination=destination.instance,
+        priority=request.priority,
+        num_blocks=request.num_blocks,
+        reason="asked for",
+        signal_age_s=now_s - source.requests_at_s,
+    )
+
+
+def _find_request(
+    reference: str, instances: Mapping[InstanceId, InstanceRecord]
+) -> tuple[InstanceRecord, RequestLoad] | Refused:
+    """Exact engine id, else exact client id, else a prefix of either; the best kind of match that finds any decides."""
+    owned = [(instances[name], request) for name in sorted(instances) for request in instances[name].requests]
+    kinds = (
+        [pair for pair in owned if pair[1].request_id == reference],
+        [pair for pair in owned if pair[1].external_id == reference],
+        [pair for pair in owned if reference and _has_prefix(pair[1], reference)],
+    )
+    for matches in kinds:
+        # For a moment after a hand-over both sides may list a request: the later word counts.
+        latest = {pair[1].request_id: pair for pair in sorted(matches, key=lambda pair: pair[0].requests_at_s)}
+        if len(latest) == 1:
+            return next(iter(latest.values()))
+        if latest:
+            named = ", ".join(sorted(latest)[:_MAX_NAMED])
+            return Refused(RefusalKind.AMBIGUOUS, f"{reference!r} fits {len(latest)} requests: {named}")
+    return Refused(RefusalKind.NOT_FOUND, f"no running request is named {reference!r}; `kvferry status` lists them")
+
+
+def _has_prefix(request: RequestLoad, prefix: str) -> bool:
+    return request.request_id.startswith(prefix) or request.external_id.startswith(prefix)
+
+
+def _why_not_move(
+    source: InstanceRecord,
+    destination: InstanceRecord,
+    request: RequestLoad,
+    in_flight: list[MigrationRecord],
+    params: CoreParams,
+) -> Refused | None:
+    def no(kind: RefusalKind, reason: str) -> Refused:
+        return Refused(kind, reason)
+
+    if source is destination:
+        return no(RefusalKind.PRECONDITION, f"{request.request_id} is on {destination.instance} already")
+    if destination.state is not State.SERVING:
+        return no(RefusalKind.PRECONDITION, f"{destination.instance} is {destination.state.value}")
+    if any(move.request_id == request.request_id for move in in_flight):
+        return no(RefusalKind.PRECONDITION, f"{request.request_id} is on the move already")
+    if not request.movable:
+        return no(RefusalKind.PRECONDITION, f"{request.request_id} cannot be moved (now)")
+    if sum(move.source == source.incarnation for move in in_flight) >= params.max_migrations_out:
+        return no(RefusalKind.EXHAUSTED, f"{source.instance} sends {params.max_migrations_out} requests already")
+    if sum(move.destination == destination.incarnation for move in in_flight) >= params.max_migrations_in:
+        return no(RefusalKind.EXHAUSTED, f"{destination.instance} receives {params.max_migrations_in} requests already")
+    return None
+
+
+def no_such_instance(instance: InstanceId, instances: Mapping[InstanceId, InstanceRecord]) -> Refused:
+    named = ", ".join(sorted(instances)[:_MAX_NAMED]) or "none"
+    return Refused(RefusalKind.NOT_FOUND, f"no instance is named {instance!r}; there: {named}")
+
+
+# ---------------------------------------------------------------------- records
+def without_caller(record: MigrationRecord) -> MigrationRecord:
+    return replace(record, token=None)
+
+
+def ended(record: MigrationRecord, event: MigrationEnded, now_s: float) -> MigrationRecord:
+    return replace(record, outcome=event.outcome, reason=event.reason, figures=event.figures, ended_s=now_s)
+
+
+def snapshot(
+    instances: list[InstanceRecord], gateways: list[GatewayRecord], migrations: list[MigrationRecord], now_s: float
+) -> Snapshot:
+    by_name = sorted(instances, key=lambda record: (record.instance, record.epoch))
+    return Snapshot(
+        now_s=now_s,
+        instances=tuple(_instance_snapshot(record, now_s) for record in by_name),
+        gateways=tuple(
+            GatewaySnapshot(item.gateway, item.url, item.process_id, item.alive)
+            for item in sorted(gateways, key=lambda item: item.gateway)
+        ),
+        migrations=tuple(sorted(migrations, key=lambda record: -record.number)),
+    )
+
+
+def _instance_snapshot(record: InstanceRecord, now_s: float) -> InstanceSnapshot:
+    load = record.load
+    left = freeness_steps(load) if load is not None and record.state is State.SERVING else -math.inf
+    return InstanceSnapshot(
+        incarnation=Incarnation(record.instance, record.epoch, record.incarnation.address),
+        model=record.model,
+        block_size=record.block_size,
+        total_blocks=record.total_blocks,
+        process_id=record.process_id,
+        state=record.state,
+        reason=record.reason,
+        load=load,
+        report_age_s=None if load is None else now_s - record.load_at_s,
+        freeness_steps=left if math.isfinite(left) else None,
+        requests=record.requests,
+        requests_age_s=now_s - record.requests_at_s,
+        drained=record.drained,
+    )

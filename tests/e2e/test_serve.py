@@ -1,0 +1,146 @@
+"""Does `kvferry serve` with real vLLM do the main job, seen from outside? One serve for the whole module."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.support.model import tiny_model_path
+from tests.support.serving import Serving, wait_gone
+
+pytestmark = pytest.mark.timeout(300)
+
+READY_S = 240.0
+MODEL = "tiny"
+Sampling = dict[str, float]
+GREEDY: Sampling = {"temperature": 0.0}
+NUM_TOKENS = 1800
+NUM_HOPS = 6
+"""Three times there and back."""
+FLAGS = (
+    *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32"),
+    *("--num-gpu-blocks-override", "256", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "16"),
+)
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Serving]:
+    cluster = Serving(str(tiny_model_path()), "--instances", "2", "--no-rebalance", *FLAGS, num_gateways=2)
+    try:
+        cluster.wait_ready(READY_S)
+        yield cluster
+    finally:
+        cluster.end()
+
+
+def client(serving: Serving) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=serving.base_url, api_key="none", max_retries=0, timeout=120)
+
+
+async def stream(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling) -> AsyncIterator[str]:
+    """The text of one completion, piece by piece."""
+    async with client(serving) as api:
+        pieces = await api.completions.create(
+            model=MODEL,
+            prompt="Once upon a time",
+            max_tokens=num_tokens,
+            stream=True,
+            extra_body={"ignore_eos": True, **sampling},
+            extra_headers={"x-request-id": request_id},
+        )
+        async for piece in pieces:
+            if piece.choices:
+                yield piece.choices[0].text
+
+
+async def text_of(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling = GREEDY) -> str:
+    return "".join([piece async for piece in stream(serving, request_id, num_tokens, sampling)])
+
+
+async def owner_of(serving: Serving, request_id: str) -> str:
+    async with asyncio.timeout(20):
+        while True:  # another process: there is no event to wait for
+            listed = (await asyncio.to_thread(serving.status))["requests"]
+            for item in listed:
+                if request_id in item["external_id"] or request_id in item["name"]:
+                    return str(item["instance"].removeprefix("instances/"))
+            await asyncio.sleep(0.05)
+
+
+async def moved_text(serving: Serving, request_id: str, sampling: Sampling) -> tuple[str, int]:
+    """The text of a stream that is moved there and back while it runs, and how many moves were committed."""
+    reading = asyncio.create_task(text_of(serving, request_id, NUM_TOKENS, sampling))
+    owner = await owner_of(serving, request_id)
+    listed = (await asyncio.to_thread(serving.status))["requests"]
+    (name,) = [item["name"].removeprefix("requests/") for item in listed if request_id in item["name"]]
+    num_committed = 0
+    for _hop in range(NUM_HOPS):
+        owner = "instance-1" if owner == "instance-0" else "instance-0"
+        done = await asyncio.to_thread(serving.command, "migrate", name, "--to", owner)
+        assert not reading.done(), f"the stream must outlive its moves: {done}"
+        assert done.status == 0, done
+        num_committed += "committed" in done.out
+        async with asyncio.timeout(20):  # the next hop starts from where the orchestrator knows it to be
+            while await owner_of(serving, request_id) != owner:
+                pass
+    return await reading, num_committed
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, {"temperature": 0.8, "seed": 17}],
+    ids=["greedy", "seeded"],
+)
+async def test_a_stream_moved_three_times_there_and_back_says_what_one_left_alone_says(
+    serving: Serving, sampling: Sampling
+) -> None:
+    kind = "seeded" if "seed" in sampling else "greedy"
+    alone = await text_of(serving, f"alone-{kind}", NUM_TOKENS, sampling)
+    moved, num_committed = await moved_text(serving, f"moved-{kind}", sampling)
+    assert num_committed == NUM_HOPS
+    assert moved == alone
+
+
+async def test_another_seed_says_something_else(serving: Serving) -> None:
+    """The negative control of the test above: the text does depend on what travels with the request."""
+    texts = [await text_of(serving, f"seed-{seed}", 60, {"temperature": 0.8, "seed": seed}) for seed in (17, 18)]
+    assert texts[0] != texts[1]
+
+
+async def test_a_drain_under_load_moves_the_streams_and_none_of_them_notices(serving: Serving) -> None:
+    alone = await text_of(serving, "before-drain", 300)
+    reading = [asyncio.create_task(text_of(serving, f"drain-{n}", 300)) for n in range(6)]
+    for number in range(6):
+        await owner_of(serving, f"drain-{number}")
+    done = await asyncio.to_thread(serving.command, "drain", "instance-0", "--deadline", "10")
+    assert done.status == 0 and "instance-0 is empty" in done.out, done
+    assert await asyncio.gather(*reading) == [alone] * 6
+    assert (await asyncio.to_thread(serving.command, "undrain", "instance-0")).status == 0
+
+
+async def test_a_killed_instance_leaves_the_gateways_answering_and_the_other_serving(serving: Serving) -> None:
+    killed = psutil.Process((await asyncio.to_thread(serving.instance, "instance-0"))["process_id"])
+    killed.kill()
+    async with asyncio.timeout(5):
+        while (await asyncio.to_thread(serving.instance, "instance-0"))["state"] != "INSTANCE_STATE_STOPPED":
+            pass
+    text = await text_of(serving, "after-the-kill", 40)
+    assert len(text) > 40
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"http://127.0.0.1:{serving.port}/health")).status_code == 200
+    states = {item["name"]: item["state"] for item in (await asyncio.to_thread(serving.status))["instances"]}
+    assert states["instances/instance-1"] == "INSTANCE_STATE_SERVING"
+
+
+def test_ctrl_c_leaves_nothing(serving: Serving) -> None:
+    """The last one of this module: it ends the shared serve."""
+    before = serving.descendants()
+    status, said = serving.stop(signal.SIGINT)
+    assert status == 0 and "nothing is left running" in said, said
+    assert wait_gone(before, 3.0) == []

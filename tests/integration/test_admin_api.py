@@ -1,0 +1,230 @@
+"""Does the admin API do what its .proto says, for any gRPC client? The real loop and core, over a fake cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from instance.mailbox import Mailbox
+from migration.types import Epoch, Incarnation, InstanceId
+from orchestrator.admin.client import AdminClient
+from orchestrator.admin.errors import Declined
+from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
+from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.service import MAX_MESSAGE_BYTES, SERVICE, AdminServer
+from orchestrator.core import Orchestrator
+from orchestrator.errors import StartUpError, Unreachable
+from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
+from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
+from orchestrator.state import CoreParams
+from tests.support.fake_cluster import FakeCluster
+from tests.support.reports import load_report, request_load, request_report
+
+GATEWAY = "kvferry-gateway-0"
+
+
+class World:
+    """A loop with two instances and a gateway, its admin server, and a stock client."""
+
+    def __init__(self, loop: OrchestratorLoop, cluster: FakeCluster, address: str) -> None:
+        self.loop, self.cluster, self.address = loop, cluster, address
+        self.channel = grpc.aio.insecure_channel(address)
+        self.stub = pb_grpc.AdminServiceStub(self.channel)
+
+    def reports(self, instance: str, *request_ids: str, step: int = 1, state: str = "serving") -> None:
+        num = len(request_ids)
+        load = load_report(instance, step=step, state=state, num_running=num, free_blocks=1000 - 10 * num)
+        self.loop.handle(ReportReceived(load))
+        self.loop.handle(RequestsReceived(request_report(instance, *map(request_load, request_ids), step=step)))
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    cluster, mailbox = FakeCluster(), Mailbox()
+    await mailbox.open()
+    params = LoopParams(tick_s=0.02)
+    loop = OrchestratorLoop(Orchestrator(CoreParams()), cluster, mailbox, params)
+    running = asyncio.create_task(loop.run())
+    await asyncio.sleep(0)
+    server = AdminServer(loop)
+    made = World(loop, cluster, await server.start("127.0.0.1", 0))
+    loop.add(GatewayStarted("gateway-0", GATEWAY, "http://127.0.0.1:8000"))
+    for name in ("instance-0", "instance-1"):
+        incarnation = Incarnation(InstanceId(name), Epoch(1), "tcp://127.0.0.1:1")
+        loop.add(InstanceStarted(incarnation, f"kvferry-{name}-1", "tiny", 16, 1000, process_id=7))
+    made.reports("instance-0", "cmpl-1", "cmpl-2")
+    made.reports("instance-1")
+    try:
+        yield made
+    finally:
+        await made.channel.close()
+        await server.stop(0)
+        loop.stop()
+        await running
+        mailbox.close()
+
+
+async def status_of(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def test_instances_gateways_and_requests_are_listed(world: World) -> None:
+    listed = await world.stub.ListInstances(pb.ListInstancesRequest())
+    first, second = listed.instances
+    assert (first.name, first.epoch, first.state, first.num_running) == ("instances/instance-0", 1, 2, 2)
+    assert first.report_age_s >= 0 and first.freeness_steps == pytest.approx(980 * 16 / 2) and first.process_id == 7
+    assert second.free_blocks == 1000
+    assert [(item.name, item.alive) for item in listed.gateways] == [("gateways/gateway-0", True)]
+    requests = await world.stub.ListRequests(pb.ListRequestsRequest(parent="instances/instance-0"))
+    assert [(item.name, item.instance) for item in requests.requests] == [
+        ("requests/cmpl-1", "instances/instance-0"),
+        ("requests/cmpl-2", "instances/instance-0"),
+    ]
+    assert (await world.stub.ListRequests(pb.ListRequestsRequest(parent="instances/instance-1"))).total_size == 0
+
+
+async def test_requests_come_in_pages(world: World) -> None:
+    first = await world.stub.ListRequests(pb.ListRequestsRequest(page_size=1))
+    assert len(first.requests) == 1 and first.total_size == 2 and first.next_page_token
+    rest = await world.stub.ListRequests(pb.ListRequestsRequest(page_size=1, page_token=first.next_page_token))
+    assert rest.requests[0].name == "requests/cmpl-2" and not rest.next_page_token
+
+
+async def test_a_migration_is_answered_when_it_has_ended_and_is_listed(world: World) -> None:
+    ask = pb.MigrateRequestRequest(
+        name="requests/client-cmpl-1", destination="instances/instance-1", mode=pb.MIGRATION_MODE_BLOCKING
+    )
+    migration = (await world.stub.MigrateRequest(ask)).migration
+    assert migration.outcome == pb.MIGRATION_OUTCOME_COMMITTED and migration.num_stages == 2
+    assert world.cluster.migrated == [("kvferry-instance-0-1", "cmpl-1", "instance-1", "blocking")]
+    (listed,) = (await world.stub.ListMigrations(pb.ListMigrationsRequest())).migrations
+    assert listed.name == migration.name and listed.HasField("ended_age_s")
+
+
+async def test_a_migration_whose_source_dies_is_an_outcome_and_no_error(world: World) -> None:
+    world.cluster.deaths["kvferry-instance-0-1"].set_result("killed")
+    ask = pb.MigrateRequestRequest(name="requests/cmpl-1", destination="instances/instance-1")
+    try:
+        assert (await world.stub.MigrateRequest(ask)).migration.outcome == pb.MIGRATION_OUTCOME_SOURCE_LOST
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.NOT_FOUND, "the death was noticed before the command came"
+
+
+async def test_a_drain_streams_its_progress_until_the_instance_is_empty(world: World) -> None:
+    call = world.stub.DrainInstance(pb.DrainInstanceRequest(name="instances/instance-0", wait=True))
+    progress: list[pb.DrainInstanceResponse] = []
+    async for message in call:
+        if not progress:
+            world.reports("instance-0", step=2, state="draining")
+        progress.append(message)
+    assert progress[0].num_requests == 2 and not progress[0].done
+    assert progress[-1].done and progress[-1].num_requests == 0 and progress[-1].instance.drained
+    assert ("kvferry-instance-0-1", True) in world.cluster.draining
+    assert {name for _, name, *_ in world.cluster.migrated} <= {"cmpl-1", "cmpl-2"}
+    undrained = await world.stub.UndrainInstance(pb.UndrainInstanceRequest(name="instances/instance-0"))
+    assert undrained.instance.state == pb.INSTANCE_STATE_SERVING
+
+
+async def test_gateways_are_told_when_an_instance_drains_and_when_it_dies(world: World) -> None:
+    async with asyncio.timeout(5):
+        while len(world.cluster.members.get(GATEWAY, ())) != 2:
+            world.cluster.told.clear()
+            await world.cluster.told.wait()
+        world.cluster.deaths["kvferry-instance-0-1"].set_result("killed")
+        while len(world.cluster.members[GATEWAY]) != 1:
+            world.cluster.told.clear()
+            await world.cluster.told.wait()
+    assert world.cluster.fenced == [("kvferry-instance-1-1", "instance-0", 1)]
+    listed = await world.stub.ListInstances(pb.ListInstancesRequest())
+    assert listed.instances[0].state == pb.INSTANCE_STATE_STOPPED and listed.instances[0].reason == "killed"
+
+
+async def test_each_refusal_has_its_status_code(world: World) -> None:
+    stub, code = world.stub, grpc.StatusCode
+    move = pb.MigrateRequestRequest
+    cases: list[tuple[Awaitable[object], grpc.StatusCode]] = [
+        (stub.MigrateRequest(move(name="requests/x", destination="instances/instance-1")), code.NOT_FOUND),
+        (stub.MigrateRequest(move(name="requests/cmpl-1", destination="instances/nope")), code.NOT_FOUND),
+        (stub.MigrateRequest(move(name="requests/cmpl", destination="instances/instance-1")), code.INVALID_ARGUMENT),
+        (stub.MigrateRequest(move(name="", destination="instances/instance-1")), code.INVALID_ARGUMENT),
+        (stub.MigrateRequest(move(name="requests/cmpl-1", destination="")), code.INVALID_ARGUMENT),
+        (
+            stub.MigrateRequest(move(name="requests/cmpl-1", destination="instances/instance-0")),
+            code.FAILED_PRECONDITION,
+        ),
+        (stub.UndrainInstance(pb.UndrainInstanceRequest(name="instances/instance-0")), code.FAILED_PRECONDITION),
+        (stub.ListRequests(pb.ListRequestsRequest(page_size=-1)), code.INVALID_ARGUMENT),
+        (stub.ListRequests(pb.ListRequestsRequest(page_token="x")), code.INVALID_ARGUMENT),
+        (stub.ListRequests(pb.ListRequestsRequest(parent="nodes/x")), code.INVALID_ARGUMENT),
+    ]
+    for call, expected in cases:
+        assert (await status_of(call))[0] is expected
+    drain = stub.DrainInstance(pb.DrainInstanceRequest(name="instances/nope", wait=True))
+    assert (await status_of(drain.read()))[0] is code.NOT_FOUND
+
+
+async def test_a_drain_that_the_instance_does_not_carry_out_is_unavailable(world: World) -> None:
+    world.cluster.broken.add("kvferry-instance-0-1")
+    call = world.stub.DrainInstance(pb.DrainInstanceRequest(name="instances/instance-0", wait=True))
+    assert (await status_of(call.read()))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_caller_that_goes_away_is_forgotten(world: World) -> None:
+    call = world.stub.DrainInstance(pb.DrainInstanceRequest(name="instances/instance-0", wait=True))
+    await call.read()
+    call.cancel()
+    again = world.stub.DrainInstance(pb.DrainInstanceRequest(name="instances/instance-0", wait=True), timeout=0.3)
+    with pytest.raises(grpc.aio.AioRpcError):
+        async for _ in again:
+            pass
+    world.reports("instance-0", step=2, state="draining")  # would answer a token nobody holds
+    assert (await world.stub.ListInstances(pb.ListInstancesRequest())).instances[0].drained
+
+
+async def test_messages_are_bounded(world: World) -> None:
+    call = world.stub.UndrainInstance(pb.UndrainInstanceRequest(name="x" * (MAX_MESSAGE_BYTES + 1)))
+    assert (await status_of(call))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_health_and_reflection_answer_a_client_that_has_no_proto(world: World) -> None:
+    health = health_pb2_grpc.HealthStub(world.channel)
+    for service in ("", SERVICE):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    reflection = reflection_pb2_grpc.ServerReflectionStub(world.channel)
+    asks = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    asks.append(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))
+    answers = [answer async for answer in reflection.ServerReflectionInfo(iter(asks))]
+    assert SERVICE in [item.name for item in answers[0].list_services_response.service]
+    assert b"MigrateRequest" in b"".join(answers[1].file_descriptor_response.file_descriptor_proto)
+
+
+async def test_a_taken_admin_port_is_one_line(world: World) -> None:
+    port = int(world.address.rpartition(":")[2])
+    with pytest.raises(StartUpError, match=f"the admin port {port} on 127.0.0.1 is taken"):
+        await AdminServer(world.loop).start("127.0.0.1", port)
+
+
+async def test_the_client_of_the_command_line_speaks_it(world: World) -> None:
+    def use() -> None:
+        with AdminClient(world.address) as client:
+            assert len(client.instances().instances) == 2 and len(client.requests()) == 2
+            assert client.migrate("cmpl-1", "instance-1").outcome == pb.MIGRATION_OUTCOME_COMMITTED
+            assert len(client.migrations()) == 1
+            with pytest.raises(Declined, match="no running request"):
+                client.migrate("nobody", "instance-1")
+            assert [message.done for message in client.drain("instance-0", wait=False)] == [False]
+            assert client.undrain("instance-0").name == "instances/instance-0"
+        with AdminClient("127.0.0.1:1") as nobody, pytest.raises(Unreachable, match="nothing answers"):
+            nobody.instances()
+
+    await asyncio.to_thread(use)

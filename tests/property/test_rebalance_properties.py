@@ -1,0 +1,176 @@
+"""Does every proposed move pay, is the plan a function of the view, and does moving come to an end?"""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from instance.messages import RequestLoad
+from migration.types import InstanceId, RequestId
+from orchestrator.policy.drain import DrainParams, plan_drain
+from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
+from tests.support.reports import load_report, request_load
+
+TOTAL_BLOCKS = 400
+NOBODY_RESTS = Resting()
+PARAMS = st.builds(
+    RebalanceParams,
+    threshold_steps=st.sampled_from([0.0, 128.0, 512.0, 2048.0]),
+    margin_steps=st.sampled_from([0.0, 16.0, 64.0, 512.0]),
+    max_moves=st.integers(1, 8),
+)
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no finding."""
+World = dict[InstanceId, list[RequestLoad]]
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    """Up to five instances, each with requests that fit it."""
+    world: World = {}
+    number = 0
+    for index in range(draw(st.integers(2, 5))):
+        sizes = draw(st.lists(st.integers(1, 60), max_size=12))
+        requests: list[RequestLoad] = []
+        for size in sizes:
+            if sum(request.num_blocks for request in requests) + size > TOTAL_BLOCKS:
+                break
+            number += 1
+            requests.append(
+                request_load(
+                    f"r{number:03}", size, priority=draw(st.integers(0, 2)), movable=draw(st.integers(0, 9)) > 0
+                )
+            )
+        world[InstanceId(f"instance-{index}")] = requests
+    return world
+
+
+def view_of(
+    instance: InstanceId, requests: list[RequestLoad], waiting_blocks: int = 0, draining: bool = False
+) -> InstanceView:
+    free_blocks = TOTAL_BLOCKS - sum(request.num_blocks for request in requests)
+    load = load_report(
+        instance,
+        state="draining" if draining else "serving",
+        total_blocks=TOTAL_BLOCKS,
+        free_blocks=free_blocks,
+        num_running=len(requests),
+        num_waiting=1 if waiting_blocks else 0,
+        head_of_line_blocks=waiting_blocks,
+    )
+    return InstanceView(instance, load, tuple(requests), draining, slots_out=4, slots_in=4, signal_age_s=0.1)
+
+
+def views_of(world: World, waiting_blocks: int = 0) -> tuple[InstanceView, ...]:
+    return tuple(
+        view_of(instance, requests, waiting_blocks if index == 0 else 0)
+        for index, (instance, requests) in enumerate(world.items())
+    )
+
+
+def carry_out(world: World, move: Move) -> None:
+    (request,) = [item for item in world[move.source] if item.request_id == move.request_id]
+    world[move.source].remove(request)
+    world[move.destination].append(request)
+
+
+@UNTIMED
+@given(worlds(), PARAMS, st.integers(0, 200))
+def test_every_move_pays_before_and_after_in_the_order_proposed(
+    world: World, params: RebalanceParams, waiting_blocks: int
+) -> None:
+    views = {view.instance: view for view in views_of(world, waiting_blocks)}
+    loads = {instance: view.load for instance, view in views.items()}
+    moves = plan_rebalance(tuple(views.values()), NOBODY_RESTS, params)
+    assert len(moves) <= params.max_moves
+    for move in moves:
+        source, destination = loads[move.source], loads[move.destination]
+        before = freeness_steps(destination) - freeness_steps(source)
+        assert freeness_steps(source) < params.threshold_steps <= freeness_steps(destination)
+        assert move.num_blocks <= destination.free_blocks
+        loads[move.source] = after_leaving(source, move.priority, move.num_blocks)
+        loads[move.destination] = after_joining(destination, move.priority, move.num_blocks)
+        after = freeness_steps(loads[move.destination]) - freeness_steps(loads[move.source])
+        assert before > params.margin_steps and after > params.margin_steps
+        assert freeness_steps(loads[move.source]) > freeness_steps(source)
+
+
+@UNTIMED
+@given(worlds(), PARAMS, st.randoms(use_true_random=False))
+def test_the_same_views_give_the_same_plan_in_whatever_order_they_come(
+    world: World, params: RebalanceParams, random: object
+) -> None:
+    views = list(views_of(world))
+    expected = plan_rebalance(tuple(views), NOBODY_RESTS, params)
+    random.shuffle(views)  # type: ignore[attr-defined]
+    assert plan_rebalance(tuple(views), NOBODY_RESTS, params) == expected
+
+
+@UNTIMED
+@given(worlds(), PARAMS)
+def test_in_a_closed_loop_without_any_rest_moving_comes_to_an_end_and_nothing_returns_at_once(
+    world: World, params: RebalanceParams
+) -> None:
+    num_requests = sum(len(requests) for requests in world.values())
+    last_left: dict[RequestId, InstanceId] = {}
+    for _tick in range(4 * num_requests + 4):
+        moves = plan_rebalance(views_of(world), NOBODY_RESTS, params)
+        if not moves:
+            return
+        for move in moves:
+            others_moved = any(request != move.request_id for request in last_left)
+            assert last_left.get(move.request_id) != move.destination or others_moved, "ping-pong"
+            last_left[move.request_id] = move.source
+            carry_out(world, move)
+    raise AssertionError("it never comes to rest")
+
+
+@UNTIMED
+@given(worlds(), PARAMS)
+def test_the_poorest_instance_never_gets_poorer(world: World, params: RebalanceParams) -> None:
+    poorest = min(freeness_steps(view.load) for view in views_of(world))
+    for move in plan_rebalance(views_of(world), NOBODY_RESTS, params):
+        carry_out(world, move)
+    assert min(freeness_steps(view.load) for view in views_of(world)) >= poorest
+
+
+@UNTIMED
+@given(worlds(), PARAMS)
+def test_what_rests_cannot_move_and_limits_are_kept(world: World, params: RebalanceParams) -> None:
+    free = plan_rebalance(views_of(world), NOBODY_RESTS, params)
+    resting = Resting(requests=frozenset(move.request_id for move in free))
+    assert not {move.request_id for move in plan_rebalance(views_of(world), resting, params)} & resting.requests
+    pairs = Resting(pairs=frozenset((move.source, move.destination) for move in free))
+    for move in plan_rebalance(views_of(world), pairs, params):
+        assert (move.source, move.destination) not in pairs.pairs
+    for instance in world:
+        assert sum(move.source == instance for move in free) <= 4
+        assert sum(move.destination == instance for move in free) <= 4
+    assert len({move.request_id for move in free}) == len(free)
+
+
+@UNTIMED
+@given(worlds())
+def test_a_drain_empties_its_instance_of_all_that_moves_and_fits_and_sends_nothing_to_it(world: World) -> None:
+    draining = next(iter(world))
+    fixed = [request for request in world[draining] if not request.movable]
+    for _tick in range(20):
+        views = tuple(
+            view_of(instance, requests, draining=instance == draining) for instance, requests in world.items()
+        )
+        moves = plan_drain(views, frozenset(), DrainParams())
+        assert all(move.source == draining and move.destination != draining for move in moves)
+        assert len(moves) <= 4
+        for move in moves:
+            carry_out(world, move)
+            assert sum(request.num_blocks for request in world[move.destination]) <= TOTAL_BLOCKS
+        if not moves:
+            break
+    largest_gap = max(
+        TOTAL_BLOCKS - sum(request.num_blocks for request in requests)
+        for instance, requests in world.items()
+        if instance != draining
+    )
+    left = [request for request in world[draining] if request not in fixed]
+    assert all(request.num_blocks > largest_gap for request in left)

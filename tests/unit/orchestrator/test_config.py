@@ -1,0 +1,72 @@
+"""Which of flag, variable, file and default wins, and which settings contradict each other?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import Engine, ServeConfig, admin_address, serve_config
+from orchestrator.errors import ConfigError
+
+
+def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "kvferry.yaml"
+    file.write_text(
+        "model: from-file\ninstances: 5\ngateways: 5\nadmin-port: 6000\nengine_argv: ['--max-model-len', 2048]\n"
+    )
+    environment = {"KVFERRY_GATEWAYS": "4", "KVFERRY_INSTANCES": "4", "KVFERRY_REBALANCE": "off", "HOME": "/"}
+    settings = serve_config({"instances": 3, "gateways": None}, environment, file, ("--seed", "1"))
+    assert (settings.instances, settings.gateways, settings.admin_port, settings.port) == (3, 4, 6000, 8000)
+    assert settings.model == "from-file" and settings.rebalance is False
+    assert settings.engine_argv == ("--max-model-len", "2048", "--seed", "1"), "flags follow, so they win"
+
+
+def test_values_are_read_as_the_fields_type() -> None:
+    environment = {"KVFERRY_TICK_S": "0.25", "KVFERRY_ENGINE": "fake", "KVFERRY_LOG_LEVEL": "debug"}
+    settings = serve_config({"model": "m"}, environment, None, ())
+    assert (settings.tick_s, settings.engine, settings.log_level) == (0.25, Engine.FAKE, "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"instances": 0}, "--instances"),
+        ({"gateways": 17}, "--gateways"),
+        ({"port": 70000}, "--port"),
+        ({"port": 5, "admin_port": 5}, "both 5"),
+        ({"port": 0, "gateways": 2}, "--port 0"),
+        ({"tick_s": 0.0}, "--tick-s"),
+        ({"margin_steps": -1.0}, "--margin-steps"),
+        ({"max_migrations": 0}, "--max-migrations"),
+        ({"log_level": "LOUD"}, "--log-level"),
+        ({"engine": "magic"}, "vllm, fake"),
+        ({"model": ""}, "name a model"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        serve_config({"model": "m", **settings}, {}, None, ())
+
+
+def test_two_free_ports_do_not_contradict_each_other() -> None:
+    assert ServeConfig(model="m", port=0, admin_port=0).port == 0
+
+
+@pytest.mark.parametrize("text", ["instances: [", "- a", "engine_argv: 7", "no_such: 1"])
+def test_a_file_that_is_no_settings_is_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "kvferry.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"kvferry\.yaml"):
+        serve_config({"model": "m"}, {}, file, ())
+
+
+def test_the_admin_address_comes_from_the_flag_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert admin_address(None) == "127.0.0.1:50051"
+    monkeypatch.setenv("KVFERRY_ADMIN_PORT", "7000")
+    assert admin_address(None) == "127.0.0.1:7000"
+    monkeypatch.setenv("KVFERRY_ADMIN", "host:8000")
+    assert admin_address(None) == "host:8000"
+    assert admin_address("other:1") == "other:1"
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        admin_address("other")

@@ -1,0 +1,132 @@
+"""Freeness, and the choice of an instance for a new request."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from instance.messages import LoadReport
+from migration.types import Epoch, InstanceId
+from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, choose_instance
+from orchestrator.policy.load import LoadParams, freeness, running_blocks, virtual_usage_blocks
+from tests.support.idle_report import report
+
+PARAMS = DispatchParams()
+
+
+def book(*reports: LoadReport, now_s: float = 0.0) -> DispatchBook:
+    it = DispatchBook()
+    it.set_members([(InstanceId(one.instance), Epoch(one.epoch)) for one in reports])
+    for one in reports:
+        assert it.on_report(one, now_s)
+    return it
+
+
+def chosen(it: DispatchBook, demand: int = 10, now_s: float = 0.0, excluded: tuple[str, ...] = ()) -> str:
+    choice = choose_instance(it.view(now_s), demand, PARAMS, tuple(InstanceId(name) for name in excluded))
+    assert isinstance(choice, Choice), choice
+    return choice.instance
+
+
+def test_freeness_is_spare_blocks_over_the_batch() -> None:
+    busy = report(free_blocks=40, reserved_blocks=10, num_running=5, head_of_line_blocks=15, waiting_blocks=60)
+    assert running_blocks(busy) == 50
+    assert virtual_usage_blocks(busy) == 75
+    assert freeness(busy) == 5.0
+
+
+def test_a_blocked_head_of_line_makes_freeness_negative() -> None:
+    assert freeness(report(free_blocks=10, num_running=2, head_of_line_blocks=30)) == -10.0
+
+
+@pytest.mark.parametrize("state", ["starting", "draining", "stopped"])
+def test_an_instance_that_does_not_serve_has_no_freeness(state: str) -> None:
+    assert freeness(report(state=state)) == -math.inf
+
+
+def test_headroom_counts_once_for_each_priority_that_runs() -> None:
+    params = LoadParams(headroom_blocks=((-1, 20), (0, 5)))
+    busy = report(free_blocks=60, num_running=4, running_by_priority=((-1, 3), (0, 1), (7, 0)))
+    assert virtual_usage_blocks(busy, params) == 65
+    assert freeness(busy) == 15.0
+
+
+def test_the_freest_instance_is_chosen() -> None:
+    assert chosen(book(report("a", free_blocks=20, num_running=1), report("b", free_blocks=80, num_running=1))) == "b"
+
+
+def test_ties_go_to_the_smallest_id() -> None:
+    assert chosen(book(report("b"), report("a"), report("c"))) == "a"
+
+
+def test_own_dispatches_count_until_a_report_has_seen_them() -> None:
+    it = book(report("a"), report("b"))
+    sequence = it.on_dispatched(InstanceId("a"), 10, 0.0)
+    assert sequence == 1
+    assert chosen(it) == "b"
+    it.on_report(report("a", step=1, submits_seen=0), 0.1)
+    assert chosen(it) == "b"
+    it.on_report(report("a", step=2, submits_seen=1), 0.2)
+    assert chosen(it) == "a"
+    it.check_integrity()
+
+
+def test_a_refused_dispatch_is_no_load_any_more() -> None:
+    it = book(report("a"), report("b"))
+    sequence = it.on_dispatched(InstanceId("a"), 10, 0.0)
+    it.on_not_taken(InstanceId("a"), Epoch(1), sequence)
+    assert chosen(it) == "a"
+
+
+def test_unseen_dispatches_are_bounded_in_number_and_time() -> None:
+    it = DispatchBook(max_unseen=3, unseen_for_s=10.0)
+    it.set_members([(InstanceId("a"), Epoch(1))])
+    it.on_report(report("a"), 0.0)
+    for _ in range(5):
+        it.on_dispatched(InstanceId("a"), 1, 0.0)
+    it.check_integrity()
+    assert it.view(10.0).instances[0].num_dispatched == 3
+    assert it.view(10.1).instances[0].num_dispatched == 0
+
+
+def test_a_request_goes_where_it_fits_rather_than_where_freeness_is_highest_without_it() -> None:
+    small_but_idle = report("a", total_blocks=10, free_blocks=10)
+    large_and_busy = report("b", total_blocks=400, free_blocks=100, num_running=20)
+    assert freeness(small_but_idle) > freeness(large_and_busy)
+    assert chosen(book(small_but_idle, large_and_busy), demand=50) == "b"
+
+
+def test_between_two_full_instances_the_shorter_queue_wins() -> None:
+    long_queue = report("a", free_blocks=0, num_running=50, num_waiting=9, head_of_line_blocks=1, waiting_blocks=90)
+    short_queue = report("b", free_blocks=0, num_running=2, num_waiting=1, head_of_line_blocks=10, waiting_blocks=10)
+    assert freeness(long_queue) > freeness(short_queue), "the paper's number sees only the head of the queue"
+    assert chosen(book(long_queue, short_queue)) == "b"
+
+
+def test_refused_draining_and_silent_instances_are_not_chosen_and_the_reason_says_so() -> None:
+    it = book(report("a"), report("b", state="draining"))
+    assert chosen(it) == "a"
+    refused = choose_instance(it.view(0.0), 1, PARAMS, {InstanceId("a")})
+    assert refused == NoChoice("each of the 1 serving instances has refused it", any_serving=True)
+    silent = choose_instance(it.view(3.1), 1, PARAMS)
+    assert silent == NoChoice("no instance has reported lately", any_serving=False)
+    draining = choose_instance(book(report("b", state="draining")).view(0.0), 1, PARAMS)
+    assert draining == NoChoice("no instance serves (b is draining)", any_serving=False)
+    assert choose_instance(DispatchBook().view(0.0), 1, PARAMS) == NoChoice("no instance is ready yet", False)
+
+
+def test_a_choice_tells_its_reason_and_the_age_of_its_signal() -> None:
+    choice = choose_instance(book(report("a")).view(0.25), 10, PARAMS)
+    assert choice == Choice(InstanceId("a"), Epoch(1), "score 90.00 highest of 1 (0 dispatched since its report)", 0.25)
+
+
+def test_reports_of_strangers_other_epochs_and_the_past_are_left_out() -> None:
+    it = book(report("a", step=5))
+    assert not it.on_report(report("b"), 0.0)
+    assert not it.on_report(report("a", epoch=2, step=9), 0.0)
+    assert not it.on_report(report("a", step=4), 0.0)
+    it.on_dispatched(InstanceId("a"), 10, 0.0)
+    it.set_members([(InstanceId("a"), Epoch(2))])
+    assert it.view(0.0).instances == ()
+    assert it.on_dispatched(InstanceId("a"), 10, 0.0) == 1
