@@ -298,7 +298,7 @@ def main() -> int:
     parser.add_argument("--others", type=int, default=2, help="requests that decode beside it on each side (default 2)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         result = asyncio.run(run(options, console))
     except FleetError as error:

@@ -10,6 +10,8 @@ import torch
 from migration.transports import KVLayout
 from migration.types import BlockTable
 
+_WORD_BYTES = 8
+
 
 class PageStore:
     """A rank's KV memory as pages: `migration.transports.KVStore` over vLLM's one raw allocation.
@@ -20,7 +22,7 @@ class PageStore:
 
     def __init__(self, pages: tuple[tuple[int, torch.Tensor], ...], num_groups: int, num_blocks: int) -> None:
         """`pages`: (group, int8 view [layers, blocks, page bytes])."""
-        self._pages = pages
+        self._pages = tuple((group, _in_wide_words(view)) for group, view in pages)
         group_bytes = [0] * num_groups
         for group, view in pages:
             group_bytes[group] += view.shape[0] * view.shape[2]
@@ -58,7 +60,14 @@ class PageStore:
 
     @staticmethod
     def _part(view: torch.Tensor, num_blocks: int, buffer: memoryview, offset: int) -> tuple[torch.Tensor, int]:
-        num_layers, _, page_bytes = view.shape
-        count = num_layers * num_blocks * page_bytes
-        part = torch.frombuffer(buffer, dtype=torch.int8, count=count, offset=offset)
-        return part.view(num_layers, num_blocks, page_bytes), offset + count
+        num_layers, _, page_words = view.shape
+        count = num_layers * num_blocks * page_words
+        part = torch.frombuffer(buffer, dtype=view.dtype, count=count, offset=offset)
+        return part.view(num_layers, num_blocks, page_words), offset + count * view.itemsize
+
+
+def _in_wide_words(view: torch.Tensor) -> torch.Tensor:
+    """The same bytes as int64 where sizes and strides allow it: torch scatters element by element, ten times slower
+    in bytes than in words (measured: 0.6 against 6 GB/s)."""
+    spans = (view.shape[2], view.stride(0), view.stride(1), view.storage_offset())
+    return view.view(torch.int64) if all(span % _WORD_BYTES == 0 for span in spans) else view

@@ -23,6 +23,8 @@ PUSH_TIMEOUT_S = 60.0
 """A single push (one stage of one rank) takes no longer; the migration's own deadlines are shorter."""
 NUM_ORDER_THREADS = 16
 """Orders a rank serves at once; each migration has at most one push and one close under way."""
+CPU_BYTES_PER_S = 50e6
+"""Budget of copies on a machine whose cores also decode: bench/downtime measures what the others feel of it."""
 _POLL_MS = 200
 _ANSWER_GRACE_S = 5.0
 
@@ -47,9 +49,10 @@ class Rank(Protocol):
 class RankEndpoint:
     """Both ends of the carrier over this process's KV memory."""
 
-    def __init__(self, store: KVStore, carrier: str, host: str, token: str) -> None:
-        """`carrier`: ``shm`` or ``tcp``. Raises `ValueError`, `OSError` (the host cannot be bound)."""
-        params = CarrierParams()
+    def __init__(self, store: KVStore, carrier: str, host: str, token: str, bytes_per_s: float | None = None) -> None:
+        """`carrier`: ``shm`` or ``tcp``; `bytes_per_s`: budget of all that leaves while its request decodes on.
+        Raises `ValueError`, `OSError` (the host cannot be bound)."""
+        params = CarrierParams(bytes_per_s=bytes_per_s)
         self._receiver = open_receiver(store, f"{carrier}://{host}", token.encode(), params)
         self._sender = open_sender(store, token.encode(), params)
 

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from instance.vllm.codec import decode_request, decode_state
 from instance.vllm.pages import PageStore
-from instance.vllm.rank import RankEndpoint, RankServer
+from instance.vllm.rank import CPU_BYTES_PER_S, RankEndpoint, RankServer
 
 
 def page_store(model_runner: Any) -> PageStore:
@@ -70,10 +70,13 @@ class FerryWorkerExtension:
     """Methods that collective_rpc can call on every rank. `self` is vLLM's worker."""
 
     def ferry_open(self: Any, carrier: str, host: str, token: str, control_address: str | None) -> tuple[str, str]:
-        """Start this rank's data endpoint; returns (where peers push to, layout). `control_address`: also serve the
-        agent's
-        orders there (the agent lives in another process); the rank's number is appended."""
-        endpoint = RankEndpoint(page_store(self.model_runner), carrier, host, token)
+        """Start this rank's data endpoint; returns (where peers push to, layout).
+
+        `control_address`: also serve the agent's orders there (it lives in another process); the rank's number is
+        appended.
+        """
+        budget = CPU_BYTES_PER_S if self.model_runner.device.type == "cpu" else None
+        endpoint = RankEndpoint(page_store(self.model_runner), carrier, host, token, budget)
         self.ferry_endpoint = endpoint
         self.ferry_server = None
         if control_address is not None:

@@ -14,7 +14,7 @@ class CarrierParams:
     max_chunk_bytes: int = 64 << 20
     """A receiver holds a buffer of at most this size a connection and refuses larger chunks."""
     bytes_per_s: float | None = None
-    """Budget of one push that is not urgent; the first chunk is free. None: as fast as it goes."""
+    """Budget of a sender, shared by its pushes that are not urgent. None: as fast as it goes."""
     num_slots: int = 3
     """Chunks in flight through a shared memory segment."""
     checksum: bool = False

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from migration.errors import CopyFailed, MalformedMessage
 from migration.stages import chunks_of
+from migration.transports.budget import Budget
 from migration.transports.frames import Begin, FrameKind, Landed
 from migration.transports.memory import MemoryHub
 from migration.transports.params import CarrierParams
@@ -21,6 +22,7 @@ from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 
 _WHY_S = 0.2
 """After a broken send: how long to look for the peer's reason."""
+_NO_BUDGET = Budget(None)
 
 
 @dataclass(slots=True)
@@ -32,23 +34,20 @@ class _Push:
     block_table: BlockTable
     chunks: Sequence[BlockRange]
     deadline_s: float
-    bytes_per_s: float | None
+    budget: Budget
     index_bytes: int
     is_broken_off: threading.Event = field(default_factory=threading.Event)
     connection: Connection | None = None
-    started_s: float = field(default_factory=time.monotonic)
 
     def ids(self, blocks: BlockRange) -> BlockTable:
         return tuple(group[blocks.first : blocks.end] for group in self.block_table)
 
     def wait_turn(self, chunk_index: int) -> None:
         """Wait until the budget allows this chunk. Raises `CopyFailed` when broken off or out of time."""
-        if self.bytes_per_s is not None and chunk_index:
-            sent_bytes = (self.chunks[chunk_index].first - self.chunks[0].first) * self.index_bytes
-            turn_s = min(self.started_s + sent_bytes / self.bytes_per_s, self.deadline_s)
-            wait_s = turn_s - time.monotonic()
-            if wait_s > 0:
-                self.is_broken_off.wait(wait_s)
+        turn_s = self.budget.take(len(self.chunks[chunk_index]) * self.index_bytes)
+        wait_s = min(turn_s, self.deadline_s) - time.monotonic()
+        if wait_s > 0:
+            self.is_broken_off.wait(wait_s)
         if self.is_broken_off.is_set():
             raise CopyFailed("broken off")
         if time.monotonic() >= self.deadline_s:
@@ -64,6 +63,7 @@ class BlockSender:
         self._params = params
         self._hub = hub
         self._pool = ConnectionPool(store.layout, token, params)
+        self._budget = Budget(params.bytes_per_s)
         self._gatherer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-gather")
         self._lock = threading.Lock()
         self._pushes: dict[MigrationId, _Push] = {}
@@ -97,7 +97,7 @@ class BlockSender:
             block_table,
             chunks_of(blocks, self._pool.chunk_blocks),
             time.monotonic() + timeout_s,
-            None if urgent else self._params.bytes_per_s,
+            _NO_BUDGET if urgent else self._budget,
             self._store.layout.index_bytes,
         )
         with self._lock:
