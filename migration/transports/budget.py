@@ -1,0 +1,26 @@
+"""When may the next chunk go? One budget of bytes a second for everything a sender sends that is not urgent."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Budget:
+    """Thread-safe. Concurrent pushes share it, so that two of them cost those who decode no more than one does."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        """None: as fast as it goes."""
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> float:
+        """Book these bytes; returns when they may go (time.monotonic()), which is now if nothing was booked lately."""
+        now_s = time.monotonic()
+        if self._bytes_per_s is None:
+            return now_s
+        with self._lock:
+            turn_s = max(now_s, self._free_s)
+            self._free_s = turn_s + num_bytes / self._bytes_per_s
+        return turn_s
