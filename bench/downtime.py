@@ -193,7 +193,7 @@ def figures(arms: Sequence[Arm], slow: Sequence[Slowdown]) -> dict[str, float | 
 
 
 def table_of(arms: Sequence[Arm]) -> Table:
-    table = Table(title="downtime (median [p10 .. p90] of n moves)")
+    table = Table(title="downtime: median and p10 .. p90 of n moves")
     table.add_column("tokens", justify="right")
     table.add_column("how")
     for name in ("n", "downtime ms", "decode steps", "step ms", "stopped ms", "blocks before + after stop", "MB"):
@@ -208,7 +208,7 @@ def table_of(arms: Sequence[Arm]) -> Table:
                 str(length),
                 NAMES[mode],
                 str(len(rows)),
-                f"{down['median']:.1f} [{down['p10']:.1f} .. {down['p90']:.1f}]",
+                f"{down['median']:.1f} ({down['p10']:.1f} .. {down['p90']:.1f})",
                 f"{steps:.1f}",
                 f"{median(arm.step_s for arm in rows) * 1e3:.1f}",
                 f"{median(arm.summary.stopped_s for arm in rows) * 1e3:.1f}",
@@ -232,7 +232,7 @@ def slow_table(slow: Sequence[Slowdown]) -> Table:
                 str(len(rows)),
                 f"{median(row.before_s for row in rows) * 1e3:.2f}",
                 f"{median(row.during_s for row in rows) * 1e3:.2f}",
-                f"{ratio['median']:.3f} [{ratio['p10']:.3f} .. {ratio['p90']:.3f}]",
+                f"{ratio['median']:.3f} ({ratio['p10']:.3f} .. {ratio['p90']:.3f})",
             )
     return table
 

@@ -23,7 +23,7 @@ PUSH_TIMEOUT_S = 60.0
 """A single push (one stage of one rank) takes no longer; the migration's own deadlines are shorter."""
 NUM_ORDER_THREADS = 16
 """Orders a rank serves at once; each migration has at most one push and one close under way."""
-CPU_BYTES_PER_S = 50e6
+CPU_BYTES_PER_S = 25e6
 """Budget of copies on a machine whose cores also decode: bench/downtime measures what the others feel of it."""
 _POLL_MS = 200
 _ANSWER_GRACE_S = 5.0
