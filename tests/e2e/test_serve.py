@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -111,6 +115,19 @@ async def test_another_seed_says_something_else(serving: Serving) -> None:
     """The negative control of the test above: the text does depend on what travels with the request."""
     texts = [await text_of(serving, f"seed-{seed}", 60, {"temperature": 0.8, "seed": seed}) for seed in (17, 18)]
     assert texts[0] != texts[1]
+
+
+def test_vllm_bench_serve_runs_unchanged(serving: Serving, tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("vllm")
+    options = ("--model", MODEL, "--tokenizer", str(tiny_model_path()), "--port", str(serving.port))
+    load = ("--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "24", "--num-prompts", "30")
+    result = ("--save-result", "--result-dir", str(tmp_path), "--result-filename", "bench.json")
+    done = subprocess.run(
+        [command, "bench", "serve", *options, *load, *result], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "bench.json").read_text())
+    assert (told["completed"], told["failed"]) == (30, 0)
 
 
 async def test_a_drain_under_load_moves_the_streams_and_none_of_them_notices(serving: Serving) -> None:
