@@ -73,7 +73,7 @@ class Agent:
         self._num_adding = 0
         self._fenced: dict[str, int] = {}
         self.counts = AgentCounts()
-        self._outgoing = Outgoing(self._own, loop, self._streams, mailbox, spec.max_migrations_out)
+        self._outgoing = Outgoing(self._own, loop, self._streams, mailbox, spec.max_migrations_out, self._is_fenced)
         self._destination = DestinationAdapter(
             self._own, loop, self._streams, self._tombstones, mailbox, self._why_closed
         )
@@ -134,6 +134,9 @@ class Agent:
         lost = Incarnation(InstanceId(instance), Epoch(epoch), "")
         self._outgoing.peer_lost(lost)
         self._incoming.source_lost(lost)
+
+    def _is_fenced(self, peer: Incarnation) -> bool:
+        return peer.epoch <= self._fenced.get(peer.instance, -1)
 
     def check_integrity(self) -> None:
         """At rest: no migration is under way, nothing is remembered of those that were."""
@@ -254,8 +257,8 @@ class Agent:
             self._outgoing.client_aborted(request_id)
 
     def _migration_message(self, envelope: MigrationEnvelope) -> None:
-        fenced = self._fenced.get(envelope.from_instance)
-        if fenced is not None and envelope.from_epoch <= fenced:
+        sender = Incarnation(InstanceId(envelope.from_instance), Epoch(envelope.from_epoch), envelope.from_address)
+        if self._is_fenced(sender):
             self.counts.fenced += 1
             return
         try:
@@ -267,7 +270,6 @@ class Agent:
             self.counts.stale_epoch += 1
             if not isinstance(message, Reserve):
                 return  # A reserve is answered: the table refuses it by its own epoch.
-        sender = Incarnation(InstanceId(envelope.from_instance), Epoch(envelope.from_epoch), envelope.from_address)
         if isinstance(message, Reserve | Grow | Prepare | Commit | CancelMigration):
             self._incoming.deliver(message, sender)
         else:

@@ -214,9 +214,16 @@ class Outgoing:
     """The migrations that leave this instance: at most `max_out` at a time, one a request."""
 
     def __init__(
-        self, own: Incarnation, loop: EngineLoop, streams: StreamTable, mailbox: Mailbox, max_out: int
+        self,
+        own: Incarnation,
+        loop: EngineLoop,
+        streams: StreamTable,
+        mailbox: Mailbox,
+        max_out: int,
+        is_fenced: Callable[[Incarnation], bool],
     ) -> None:
         self._own = own
+        self._is_fenced = is_fenced
         self._loop = loop
         self._streams = streams
         self._mailbox = mailbox
@@ -300,6 +307,8 @@ class Outgoing:
     def _why_not(self, migration: Migration) -> str | None:
         if migration.destination.instance == self._own.instance:
             return "it is here already"
+        if self._is_fenced(migration.destination):
+            return f"{migration.destination.instance} (epoch {migration.destination.epoch}) is known to be dead"
         if any(leaving.migration.request_id == migration.request_id for leaving in self._drivers.values()):
             return "it is being moved already"
         if len(self._drivers) >= self._max_out:

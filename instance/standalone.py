@@ -7,6 +7,7 @@ line on stdout; it ends with status 0 on SIGTERM or at the end of stdin. All els
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from instance.errors import EngineFailed, InstanceError, StartError
 from instance.service import InstanceService
 from instance.spec import InstanceSpec, MigrationSummary
 from migration.types import Incarnation
+
+_LOG = logging.getLogger(__name__)
 
 BAD_INPUT_STATUS = 2
 ENGINE_FAILED_STATUS = 70
@@ -85,6 +88,9 @@ class Standalone:
         try:
             self.write(await self._obey(order))
         except (InstanceError, AssertionError, ValueError) as error:
+            self.write(Reply(number=order.number, error=f"{type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001 - without a reply whoever ordered it waits for ever
+            _LOG.error("order %d raised %r", order.number, error, exc_info=error)
             self.write(Reply(number=order.number, error=f"{type(error).__name__}: {error}"))
 
     async def _obey(self, order: Order) -> Reply:

@@ -1,7 +1,8 @@
 """Who runs a migration? The asyncio shells: `SourceDriver` for one that leaves, `IncomingTable` for all that come in.
 
 A shell applies each event to its machine at once and starts every effect as a task of its own group; the answer of the
-effect is the next event. So a machine is never entered twice, and what a task raises ends the shell and is seen.
+effect is the next event, whatever the port raised. So a machine is never entered twice, and no error of one migration
+leaves its shell.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from migration.effects import SourceEffect
 from migration.errors import ChannelClosed, CopyFailed, EngineFault, RemoteProtocolError
 from migration.events import SourceEvent
 from migration.incoming import IncomingReport, IncomingTable
-from migration.messages import ToSource
+from migration.messages import Cancel, ToSource
 from migration.params import MigrationParams
 from migration.ports import BlockMover, ControlChannel, SourceEngine
 from migration.source import SourceMachine
 from migration.table import SourceState
-from migration.types import Migration, MigrationReport, NotStopped, Refusal
+from migration.types import Migration, MigrationReport, NotStopped, Outcome, Refusal
 
 __all__ = ["IncomingReport", "IncomingTable", "SourceDriver"]
 
@@ -57,6 +58,8 @@ class SourceDriver:
         self._children: set[asyncio.Task[None]] = set()
         self._done = asyncio.Event()
         self._before_start: list[SourceEvent] = []
+        self._failure: str | None = None
+        """The machine or this shell broke: what is held is put right without them."""
 
     @property
     def state(self) -> SourceState:
@@ -68,7 +71,9 @@ class SourceDriver:
         return self._machine.is_client_gone
 
     async def run(self) -> MigrationReport:
-        """Until the end, whatever it is. Cancelling it puts a stopped request back unless `Commit` was sent."""
+        """Until the end, whatever it is: every error is an outcome. Cancelling it puts a stopped request back unless
+        `Commit` was sent.
+        """
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._alarms = Alarms(self._tasks, lambda timer: self._apply(ev.TimerFired(timer)))
@@ -84,7 +89,7 @@ class SourceDriver:
                 self._cancel_children()
         finally:
             self._tasks = None
-        return self._machine.report()
+        return self._machine.report() if self._failure is None else await self._report_failure(self._failure)
 
     def deliver(self, message: ToSource) -> None:
         """A message of the destination. One that the protocol does not allow now is counted, logged and dropped."""
@@ -118,11 +123,23 @@ class SourceDriver:
             self._apply(event)
 
     def _apply(self, event: SourceEvent) -> None:
+        """Raises `RemoteProtocolError` for messages, nothing else."""
         if self._done.is_set():
             return
-        for effect in self._machine.on(event, asyncio.get_running_loop().time()):
-            self._start(effect)
+        try:
+            for effect in self._machine.on(event, asyncio.get_running_loop().time()):
+                self._start(effect)
+        except RemoteProtocolError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a bug here must not leave a request stopped, or end the agent
+            self._fail(error)
         if self._machine.is_done:
+            self._done.set()
+
+    def _fail(self, error: Exception) -> None:
+        _LOG.error("%s: failed in state %s: %r", self.migration.migration_id, self.state.value, error, exc_info=error)
+        if self.state is not SourceState.COMMITTING:  # there only the peer's answer or its end may lead on
+            self._failure = f"{type(error).__name__}: {error}"
             self._done.set()
 
     def _start(self, effect: SourceEffect) -> None:
@@ -133,23 +150,23 @@ class SourceDriver:
             case ef.ClearTimer(timer):
                 self._alarms.clear(timer)
             case ef.Send():
-                self._finish(self._send(effect))
+                self._finish(self._answer(self._send(effect), ev.SendFailed))
             case ef.CopyBlocks():
-                self._copying = self._spawn(self._copy(effect))
+                self._copying = self._spawn(self._answer(self._copy(effect), ev.CopyBroken))
             case ef.ForgetCopy():
                 if self._copying is not None:
                     self._copying.cancel()
                 self._finish(self._forget())
             case ef.DescribeRequest():
-                self._spawn(self._visit(self._describe))
+                self._visit(self._describe())
             case ef.ReadProgress():
-                self._spawn(self._visit(self._read_progress))
+                self._visit(self._read_progress())
             case ef.StopRequest(without_kv):
-                self._spawn(self._visit(lambda: self._stop(without_kv)))
+                self._visit(self._stop(without_kv))
             case ef.ResumeRequest():
-                self._spawn(self._visit(self._resume))
+                self._visit(self._resume())
             case ef.ReleaseRequest():
-                self._spawn(self._visit(self._release))
+                self._visit(self._release())
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         assert self._tasks is not None
@@ -163,36 +180,40 @@ class SourceDriver:
         self._to_finish.add(task)
         task.add_done_callback(self._to_finish.discard)
 
+    def _visit(self, visit: Coroutine[None, None, SourceEvent]) -> None:
+        self._spawn(self._answer(visit, ev.EngineFailed))
+
+    async def _answer(
+        self, work: Coroutine[None, None, SourceEvent | None], failed: Callable[[str], SourceEvent]
+    ) -> None:
+        """Apply what came of it; whatever a port raises is a failure of this migration and of nothing else."""
+        try:
+            event = await work
+        except (EngineFault, CopyFailed, ChannelClosed) as error:
+            event = failed(str(error))
+        except Exception as error:  # noqa: BLE001 - a raise would end the group, and the request stay stopped
+            _LOG.error("%s: a port raised %r", self.migration.migration_id, error, exc_info=error)
+            event = failed(f"{type(error).__name__}: {error}")
+        if event is not None:
+            self._apply(event)
+
     async def _forget(self) -> None:
         try:
             await self._mover.close(self.migration.migration_id)
-        except CopyFailed as error:
-            _LOG.warning("%s: the copy could not be forgotten: %s", self.migration.migration_id, error)
+        except Exception as error:  # noqa: BLE001 - nothing depends on it: the destination closes its ticket itself
+            _LOG.warning("%s: the copy could not be forgotten: %r", self.migration.migration_id, error)
 
     async def _send(self, effect: ef.Send) -> None:
-        try:
-            await self._channel.send(effect.message)
-        except ChannelClosed as error:
-            self._apply(ev.SendFailed(str(error)))
+        await self._channel.send(effect.message)
 
-    async def _copy(self, effect: ef.CopyBlocks) -> None:
-        event: SourceEvent
+    async def _copy(self, effect: ef.CopyBlocks) -> SourceEvent:
         try:
             receipt = await self._mover.push(
                 self.migration.migration_id, effect.endpoints, effect.block_table, effect.blocks, urgent=effect.urgent
             )
-            event = ev.BlocksCopied(receipt)
-        except CopyFailed as error:
-            event = ev.CopyBroken(str(error))
-        self._copying = None  # first: the event may end the copy, which must not cancel this task
-        self._apply(event)
-
-    async def _visit(self, visit: Callable[[], Coroutine[None, None, SourceEvent]]) -> None:
-        try:
-            event = await visit()
-        except EngineFault as error:
-            event = ev.EngineFailed(str(error))
-        self._apply(event)
+        finally:
+            self._copying = None  # first: the event may end the copy, which must not cancel this task
+        return ev.BlocksCopied(receipt)
 
     async def _describe(self) -> SourceEvent:
         match await self._engine.describe(self.migration.request_id):
@@ -223,6 +244,7 @@ class SourceDriver:
         """Our task was cancelled: put a stopped request back, say `Cancel` once, and wait no longer for answers."""
         if self._machine.state is SourceState.COMMITTING:
             _LOG.error("%s: cancelled while the owner is unknown; left stopped", self.migration.migration_id)
+            self._done.set()  # what still comes is too late: the group takes no task any more
             return
         self._apply(ev.Withdrawn("its driver was cancelled"))
         self._apply(ev.Withdrawn("its driver was cancelled"))
@@ -231,7 +253,30 @@ class SourceDriver:
                 await self._done.wait()
         except TimeoutError:
             _LOG.error("%s: still %s after the grace", self.migration.migration_id, self._machine.state.value)
+        self._done.set()
         await self._last_words()
+        if self._failure is not None:
+            await self._report_failure(self._failure)
+
+    async def _report_failure(self, failure: str) -> MigrationReport:
+        """Put right what is held without the machine: it broke before `Commit` was sent, or after the outcome."""
+        self._cancel_children()
+        ending = self._machine.ending
+        is_committed = ending is not None and ending.outcome is Outcome.COMMITTED
+        outcome = Outcome.COMMITTED if is_committed else Outcome.FAULT
+        put_right = self._engine.release if is_committed else self._engine.resume
+        try:
+            await put_right(self.migration.request_id)
+        except Exception as error:  # noqa: BLE001 - nothing is left to try; the report says so
+            _LOG.error("%s: putting it right failed: %r", self.migration.migration_id, error, exc_info=error)
+            failure = f"{failure}; putting it right failed: {error}"
+        await self._forget()
+        if not self._machine.is_commit_sent:
+            try:
+                await self._channel.send(Cancel(migration_id=self.migration.migration_id, outcome=outcome.value))
+            except Exception as error:  # noqa: BLE001 - the lease ends by itself
+                _LOG.warning("%s: the destination was not told: %r", self.migration.migration_id, error)
+        return self._machine.report_as(outcome, failure, asyncio.get_running_loop().time())
 
     async def _last_words(self) -> None:
         if self._to_finish:

@@ -13,7 +13,14 @@ from migration import messages as msg
 from migration.effects import SourceEffect
 from migration.events import SourceEvent, Timer
 from migration.params import MigrationParams
-from migration.types import MigrationId, Outcome
+from migration.types import MigrationId, NotStopped, Outcome
+
+DECLINED = {
+    NotStopped.FINISHED: (Outcome.FINISHED_AT_SOURCE, "it finished before it was stopped"),
+    NotStopped.ABORTED: (Outcome.ABORTED_BY_CLIENT, "aborted before it was stopped"),
+    NotStopped.UNMOVABLE: (Outcome.REFUSED, "the source's engine cannot stop it"),
+}
+"""The outcome, and its reason, when the engine would not stop the request."""
 
 
 class Pending(Enum):

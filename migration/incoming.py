@@ -87,7 +87,7 @@ class IncomingTable:
         return len(self._active)
 
     async def run(self) -> None:
-        """Serve until `close`, in the agent's TaskGroup. It raises for bugs and failed commits: end the instance."""
+        """Serve until `close`, in the agent's TaskGroup. It raises for a failed commit (and bugs): end the instance."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 await self._stop.wait()
@@ -245,7 +245,7 @@ class IncomingTable:
                     incoming.waiting.cancel()
                 self._spawn(self._give_back(incoming))
             case ef.AbortRequest():
-                self._spawn(self._engine.abort(incoming.machine.request_id))
+                self._spawn(self._abort(incoming))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         assert self._tasks is not None
@@ -257,24 +257,25 @@ class IncomingTable:
     async def _send(self, incoming: _Incoming, message: Message) -> None:
         try:
             await incoming.channel.send(message)
-        except ChannelClosed as error:
-            _LOG.info("%s: no way back to the source: %s", message.migration_id, error)
-            self._apply(incoming, ev.SendFailed(str(error)))
+        except Exception as error:  # noqa: BLE001 - one migration's answer must not end the others
+            if isinstance(error, ChannelClosed):
+                _LOG.info("%s: no way back to the source: %s", message.migration_id, error)
+            self._apply(incoming, ev.SendFailed(_why(incoming, "answering", error)))
 
     async def _hold(self, incoming: _Incoming, description: Description) -> None:
         try:
             held = await self._engine.reserve(incoming.machine.migration_id, description)
             event = await self._opened(incoming, held)
-        except (EngineFault, CopyFailed) as error:
-            event = ev.EngineFailed(str(error))
+        except Exception as error:  # noqa: BLE001 - it ends this migration only; what is held is given back
+            event = ev.EngineFailed(_why(incoming, "holding blocks", error))
         self._apply(incoming, event)
 
     async def _grow(self, incoming: _Incoming, num_tokens: int) -> None:
         try:
             held = await self._engine.grow(incoming.machine.migration_id, num_tokens)
             event = await self._opened(incoming, held)
-        except (EngineFault, CopyFailed) as error:
-            event = ev.EngineFailed(str(error))
+        except Exception as error:  # noqa: BLE001 - it ends this migration only; what is held is given back
+            event = ev.EngineFailed(_why(incoming, "growing", error))
         self._apply(incoming, ev.BlocksGrown(event.reservation) if isinstance(event, ev.BlocksHeld) else event)
 
     async def _opened(self, incoming: _Incoming, held: Reservation | Refusal) -> DestinationEvent:
@@ -286,17 +287,19 @@ class IncomingTable:
     async def _await_ready(self, incoming: _Incoming) -> None:
         try:
             refusal = await self._engine.wait_ready(incoming.machine.migration_id)
-        except EngineFault as error:
-            refusal = Refusal(str(error))
+        except Exception as error:  # noqa: BLE001 - as good as a refusal: it will not get ready
+            refusal = Refusal(_why(incoming, "waiting for readiness", error))
         incoming.waiting = None  # first: the event may give back, which must not cancel this task
         self._apply(incoming, ev.RequestReady() if refusal is None else ev.EngineRefused(refusal.reason))
 
     async def _commit(self, incoming: _Incoming, state: bytes) -> None:
         try:
             await self._mover.close(incoming.machine.migration_id)
-        except CopyFailed as error:
-            self._apply(incoming, ev.EngineRefused(f"the ticket could not be closed: {error}"))
+        except Exception as error:  # noqa: BLE001 - the engine was not asked yet, so this is a plain no
+            why = _why(incoming, "closing the ticket", error)
+            self._apply(incoming, ev.EngineRefused(f"the ticket could not be closed: {why}"))
             return
+        # Whatever this raises ends the instance: the request may be ours or not, and nobody could say which.
         refusal = await self._engine.commit(incoming.machine.migration_id, state)
         self._apply(incoming, ev.RequestCommitted() if refusal is None else ev.EngineRefused(refusal.reason))
 
@@ -307,6 +310,20 @@ class IncomingTable:
             await self._mover.close(incoming.machine.migration_id)
             await self._engine.cancel(incoming.machine.migration_id)
             event = ev.BlocksGivenBack()
-        except (EngineFault, CopyFailed) as error:
-            event = ev.EngineFailed(str(error))
+        except Exception as error:  # noqa: BLE001 - it ends this migration only; its report says FAULT
+            event = ev.EngineFailed(_why(incoming, "giving blocks back", error))
         self._apply(incoming, event)
+
+    async def _abort(self, incoming: _Incoming) -> None:
+        try:
+            await self._engine.abort(incoming.machine.request_id)
+        except Exception as error:  # noqa: BLE001 - the request decodes to its end for nobody; the others go on
+            _why(incoming, "aborting for its client", error)
+
+
+def _why(incoming: _Incoming, what: str, error: Exception) -> str:
+    """The reason to report; what no port may raise is logged as well."""
+    if isinstance(error, EngineFault | CopyFailed | ChannelClosed):
+        return str(error)
+    _LOG.error("%s: %s raised %r", incoming.machine.migration_id, what, error, exc_info=error)
+    return f"{type(error).__name__}: {error}"

@@ -29,8 +29,14 @@ class MigrationParams:
     """Room asked for before the stop, for what is decoded between the last look and the stop."""
     lease_s: float = 10.0
     reserve_timeout_s: float = 5.0
+    first_push_blocks: int = 16
+    """A stage lands in pushes; the first one, of which no rate is known yet, has at most so many blocks."""
+    push_growth: int = 4
+    """A push has at most so many times the blocks of the one before, however fast that was."""
+    push_s: float = 2.0
+    """How long a push of a stage shall take, at the rate of the one before: far below `copy_timeout_s`."""
     copy_timeout_s: float = 30.0
-    """One push at most."""
+    """One push at most; the tail is one push."""
     resend_s: float = 0.5
     """An unanswered message other than `Commit` is sent again this often."""
     commit_retry_s: float = 0.1
@@ -38,13 +44,18 @@ class MigrationParams:
     max_cancel_sends: int = 4
     """After so many unanswered `Cancel` the lease is trusted to free the destination's blocks."""
     deadline_s: float = 60.0
-    """From the start to the first `Commit`; past it the migration is cancelled."""
+    """Without progress, that is from the start or the last push of a stage to the next one, or to the first `Commit`;
+    past it the migration is cancelled. A copy at a small budget may take longer in all."""
     shutdown_grace_s: float = 2.0
     """A cancelled driver has this long to put a stopped request back."""
 
     def __post_init__(self) -> None:
         if self.max_stages < 0 or self.stop_when_blocks_left < 0 or self.slack_blocks < 0:
             raise ValueError("max_stages, stop_when_blocks_left and slack_blocks must not be negative")
+        if min(self.first_push_blocks, self.push_growth) < 1:
+            raise ValueError("first_push_blocks and push_growth must be at least 1")
+        if not 0 < self.push_s < self.copy_timeout_s:
+            raise ValueError("push_s must be positive and below copy_timeout_s")
         if min(self.resend_s, self.commit_retry_s, self.reserve_timeout_s, self.copy_timeout_s, self.deadline_s) <= 0:
             raise ValueError("every period and time-out must be positive")
         if self.max_cancel_sends < 1 or self.shutdown_grace_s <= 0:

@@ -7,18 +7,18 @@ a time-out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 from migration import effects as ef
 from migration import events as ev
 from migration import messages as msg
 from migration.effects import SourceEffect
-from migration.ending import Ending, Pending
+from migration.ending import DECLINED, Ending, Pending
 from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.events import SourceEvent, Timer
 from migration.params import MigrationParams, Mode
-from migration.stages import Landing, StopReason, next_stage, num_blocks_for, num_full_blocks, tail_blocks
+from migration.stages import Landing, StopReason, next_push, num_blocks_for, num_full_blocks, tail_blocks
 from migration.table import SOURCE_TABLE, SourceState
 from migration.types import (
     BlockRange,
@@ -26,7 +26,6 @@ from migration.types import (
     Description,
     Migration,
     MigrationReport,
-    NotStopped,
     Outcome,
     Progress,
     StageReport,
@@ -34,11 +33,6 @@ from migration.types import (
 )
 
 S = SourceState
-_DECLINED = {
-    NotStopped.FINISHED: (Outcome.FINISHED_AT_SOURCE, "it finished before it was stopped"),
-    NotStopped.ABORTED: (Outcome.ABORTED_BY_CLIENT, "aborted before it was stopped"),
-    NotStopped.UNMOVABLE: (Outcome.REFUSED, "the source's engine cannot stop it"),
-}
 _MESSAGES = (msg.Reserved, msg.Refused, msg.Grown, msg.Prepared, msg.Committed, msg.Cancelled)
 
 
@@ -54,11 +48,10 @@ class SourceMachine:
     num_cached_tokens: int = 0
     num_held_blocks: int = 0
     """Blocks the destination has said it holds."""
-    num_landed: int = 0
+    landing: Landing = field(default_factory=Landing)
     progress: Progress | None = None
     copying: BlockRange | None = None
     copy_started_s: float = 0.0
-    stages: tuple[StageReport, ...] = ()
     tail: StageReport | None = None
     stopped: StoppedRequest | None = None
     ending: Ending | None = None
@@ -72,6 +65,10 @@ class SourceMachine:
     @property
     def is_done(self) -> bool:
         return self.state is S.DONE
+
+    @property
+    def stages(self) -> tuple[StageReport, ...]:
+        return self.landing.stages
 
     def on(self, event: SourceEvent, now_s: float) -> list[SourceEffect]:
         """Take one event. Raises `RemoteProtocolError` / `LocalProtocolError`, changing nothing, if the table has no
@@ -191,7 +188,7 @@ class SourceMachine:
         self.endpoints = reserved.endpoints
         self.num_held_blocks = reserved.num_blocks
         self.num_cached_tokens = reserved.num_cached_tokens
-        self.num_landed = num_full_blocks(reserved.num_cached_tokens, self.description.block_size)
+        self.landing = Landing(num_full_blocks(reserved.num_cached_tokens, self.description.block_size))
         return [
             ef.ClearTimer(Timer.PHASE),
             ef.Send(msg.Prepare(migration_id=self.migration.migration_id)),
@@ -215,11 +212,7 @@ class SourceMachine:
         """Copy the next stage or stop, at the last look's numbers; first let the destination hold enough."""
         assert self.description is not None and self.progress is not None
         block_size = self.description.block_size
-        step = next_stage(
-            Landing(self.num_landed, self.stages),
-            num_full_blocks(self.progress.settled_tokens, block_size),
-            self.params,
-        )
+        step = next_push(self.landing, num_full_blocks(self.progress.settled_tokens, block_size), self.params)
         has_kv = self.progress.settled_tokens > 0 and self.params.mode is not Mode.RECOMPUTE
         with_slack = num_blocks_for(self.progress.num_tokens, block_size) + self.params.slack_blocks
         wanted = with_slack if isinstance(step, StopReason) and not has_grown else 0
@@ -269,20 +262,22 @@ class SourceMachine:
         if receipt.num_blocks != len(self.copying):
             return self._close(Outcome.FAULT, f"copy: {receipt.num_blocks} of {len(self.copying)} blocks landed", now_s)
         report = StageReport(receipt.num_blocks, receipt.num_bytes, now_s - self.copy_started_s)
-        self.num_landed, self.copying = self.copying.end, None
+        self.copying = None
         if self.state is S.COPYING_TAIL:
             self.tail = report
             return self._commit()
-        self.stages = (*self.stages, report)
-        self.state = S.PROBING
-        return [ef.ClearTimer(Timer.PHASE), ef.ReadProgress()]
+        assert self.description is not None and self.progress is not None
+        full_blocks = num_full_blocks(self.progress.settled_tokens, self.description.block_size)
+        self.landing, self.state = self.landing.after(report, full_blocks), S.PROBING
+        deadline = ef.SetTimer(Timer.DEADLINE, self.params.deadline_s)  # it bounds the time without progress
+        return [ef.ClearTimer(Timer.PHASE), deadline, ef.ReadProgress()]
 
     def _on_stopped(self, stopped: StoppedRequest, now_s: float) -> list[SourceEffect]:
         assert self.description is not None
         self.stopped, self.stopped_s = stopped, now_s
         if self._is_preempted(stopped.num_preemptions, stopped.settled_tokens):
             return self._close(Outcome.PREEMPTED, "preempted at the source before the stop", now_s)
-        tail = tail_blocks(self.num_landed, stopped.settled_tokens, self.description.block_size)
+        tail = tail_blocks(self.landing.num_landed, stopped.settled_tokens, self.description.block_size)
         if tail.end > self.num_held_blocks:
             self.state = S.GROWING_TAIL
             return [self._grow(stopped.settled_tokens), ef.SetTimer(Timer.RESEND, self.params.resend_s)]
@@ -290,11 +285,11 @@ class SourceMachine:
 
     def _copy_tail(self, now_s: float) -> list[SourceEffect]:
         assert self.description is not None and self.stopped is not None
-        tail = tail_blocks(self.num_landed, self.stopped.settled_tokens, self.description.block_size)
+        tail = tail_blocks(self.landing.num_landed, self.stopped.settled_tokens, self.description.block_size)
         return self._copy(tail, self.stopped.block_table, now_s)
 
     def _on_stop_declined(self, event: ev.StopDeclined, now_s: float) -> list[SourceEffect]:
-        outcome, reason = _DECLINED[event.why]
+        outcome, reason = DECLINED[event.why]
         return self._close(outcome, reason, now_s, stop_end=event)
 
     def _commit(self) -> list[SourceEffect]:
@@ -367,6 +362,10 @@ class SourceMachine:
     def report(self) -> MigrationReport:
         """Only when done."""
         assert self.ending is not None and self.ended_s is not None
+        return self.report_as(self.ending.outcome, self.ending.reason, self.ended_s)
+
+    def report_as(self, outcome: Outcome, reason: str, ended_s: float) -> MigrationReport:
+        """In any state: for a shell that had to end it without the machine."""
         stood_still_s = 0.0
         if self.stopped_s is not None and self.answered_s is not None:
             stood_still_s = self.answered_s - self.stopped_s
@@ -375,13 +374,13 @@ class SourceMachine:
             request_id=self.migration.request_id,
             source=self.migration.source.instance,
             destination=self.migration.destination.instance,
-            outcome=self.ending.outcome,
-            reason=self.ending.reason,
+            outcome=outcome,
+            reason=reason,
             cached_tokens=self.num_cached_tokens,
             moved_tokens=self.stopped.settled_tokens if self.stopped else 0,
             stages=self.stages,
             tail=self.tail,
-            duration_s=self.ended_s - self.started_s,
+            duration_s=ended_s - self.started_s,
             stopped_s=stood_still_s,
         )
 

@@ -40,15 +40,56 @@ class StopReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """How far the copy is."""
+    """How far the copy is. A stage is what one look found missing; a long one lands in several pushes."""
 
-    num_landed: int
+    num_landed: int = 0
     """Leading blocks that are at the destination (cached there or copied)."""
-    stages: tuple[StageReport, ...]
+    stages: tuple[StageReport, ...] = ()
+    """The last one may not have landed to its end yet."""
+    stage_end: int = 0
+    """Where the last stage ends; above `num_landed` it is under way."""
+    last_push: StageReport | None = None
+
+    def after(self, push: StageReport, full_blocks: int) -> Landing:
+        """The push that `next_push` gave for `full_blocks` has landed."""
+        num_landed = self.num_landed + push.num_blocks
+        if self.num_landed >= self.stage_end:
+            return Landing(num_landed, (*self.stages, push), full_blocks, push)
+        stage = self.stages[-1]
+        joined = StageReport(
+            stage.num_blocks + push.num_blocks, stage.num_bytes + push.num_bytes, stage.duration_s + push.duration_s
+        )
+        return Landing(num_landed, (*self.stages[:-1], joined), self.stage_end, push)
+
+
+def next_push(landing: Landing, full_blocks: int, params: MigrationParams) -> BlockRange | StopReason:
+    """What to do at this look at the request: go on with the stage under way, begin the next, or stop the request.
+
+    One push is bounded in time, so that a long stage is no reason for a time-out and a stuck push still is.
+    """
+    if landing.num_landed < landing.stage_end:
+        stage = BlockRange(landing.num_landed, landing.stage_end)
+    else:
+        step = next_stage(landing, full_blocks, params)
+        if isinstance(step, StopReason):
+            return step
+        stage = step
+    return BlockRange(stage.first, min(stage.end, stage.first + max_push_blocks(landing.last_push, params)))
+
+
+def max_push_blocks(last: StageReport | None, params: MigrationParams) -> int:
+    """What takes about `push_s` at the last push's rate. It grows step by step: a short push tells little of the rate,
+    for its first bytes are never paced."""
+    if last is None:
+        return params.first_push_blocks
+    grown = max(params.first_push_blocks, last.num_blocks * params.push_growth)
+    if last.duration_s <= 0:
+        return grown
+    return max(1, min(grown, int(last.num_blocks / last.duration_s * params.push_s)))
 
 
 def next_stage(landing: Landing, full_blocks: int, params: MigrationParams) -> BlockRange | StopReason:
-    """What to do at this look at the request: copy these full blocks while it decodes, or stop it."""
+    """With no stage under way: the next one (these full blocks, while it decodes), or why to stop."""
     if params.mode is not Mode.LIVE:
         return StopReason.MODE
     left = BlockRange(landing.num_landed, full_blocks)

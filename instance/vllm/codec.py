@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 from vllm import envs
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -12,6 +13,18 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from instance.messages import OutputEntry
 
 STATE_VERSION = 1
+
+PREFILL_FIELDS = (
+    "num_prompt_tokens",
+    "num_computed_tokens",
+    "num_cached_tokens",
+    "num_local_cached_tokens",
+    "num_external_cached_tokens",
+    "num_cache_creation_tokens",
+)
+"""Of vLLM's PrefillStats, in the order in which they travel."""
+
+CUDA_GENERATOR_BYTES = 16
 
 # Tensors and arrays travel inside the one byte string: no side buffers, however large they are.
 _INLINE = 1 << 62
@@ -115,6 +128,22 @@ def encode_state(state: RequestState) -> bytes:
 def decode_state(payload: bytes) -> RequestState:
     """Raises `CodecError`."""
     return _of_this_version(payload, RequestState)
+
+
+def why_malformed(state: RequestState, device_type: str) -> str | None:
+    """One line that says why vLLM on such a device could not take this state in, or None."""
+    if state.prefill_stats is not None and len(state.prefill_stats) != len(PREFILL_FIELDS):
+        return f"it has {len(state.prefill_stats)} prefill statistics, not {len(PREFILL_FIELDS)}"
+    if state.generator is None:
+        return None
+    if device_type == "cuda":  # not tried out: this process may use no GPU itself
+        is_sound = len(state.generator) == CUDA_GENERATOR_BYTES
+        return None if is_sound else f"its generator has {len(state.generator)} bytes, not {CUDA_GENERATOR_BYTES}"
+    try:
+        torch.Generator().set_state(torch.frombuffer(bytearray(state.generator), dtype=torch.uint8))
+    except (RuntimeError, ValueError) as error:
+        return f"its generator is none: {str(error).splitlines()[0]}"
+    return None
 
 
 def _of_this_version(payload: bytes, kind: type[VersionedT]) -> VersionedT:

@@ -1,5 +1,4 @@
-"""How is vLLM an engine of ours? `VllmEngine`: the Engine port over an in-process EngineCore that somebody else
-steps."""
+"""How is vLLM an engine of ours? `VllmEngine`: the Engine port over an in-process EngineCore that others step."""
 
 from __future__ import annotations
 
@@ -31,6 +30,7 @@ from instance.vllm.codec import (
     encode_described,
     encode_output,
     encode_state,
+    why_malformed,
 )
 from instance.vllm.mover import RanksMover
 from instance.vllm.rank import Rank, RemoteRank
@@ -381,8 +381,9 @@ class VllmEngine:
         held = max((len(group) for group in self._scheduler.ferry_block_table(request.request_id)), default=0)
         if -(-state.computed_tokens // self._facts.block_size) > held:
             return f"its KV does not fit into the {held} blocks reserved"
-        if not request.use_structured_output or not state.output_token_ids:
-            return None
+        malformed = why_malformed(state, self._core.vllm_config.device_config.device_type)
+        if malformed is not None or not request.use_structured_output or not state.output_token_ids:
+            return malformed
         grammar = request.structured_output_request.grammar
         if grammar is None or isinstance(grammar, Exception):
             return "its grammar is not compiled"

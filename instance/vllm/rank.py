@@ -1,9 +1,7 @@
-"""Who moves the blocks of one rank? Its endpoint: a carrier's two ends over the rank's memory, told what to do from
-near or far.
+"""Who moves the blocks of one rank? Its endpoint: a carrier's two ends over the rank's memory.
 
 Near: the agent lives in the rank's process and calls `RankEndpoint`. Far (several ranks): a `RankServer` in the
-rank's process
-serves the same three orders over ZeroMQ on an abstract local address, and the agent holds a `RemoteRank`.
+rank's process serves the same orders over ZeroMQ on an abstract local address, and the agent holds a `RemoteRank`.
 """
 
 from __future__ import annotations
@@ -19,12 +17,14 @@ from migration.errors import CopyFailed
 from migration.transports import CarrierParams, KVStore, open_receiver, open_sender
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 
-PUSH_TIMEOUT_S = 60.0
-"""A single push (one stage of one rank) takes no longer; the migration's own deadlines are shorter."""
 NUM_ORDER_THREADS = 16
 """Orders a rank serves at once; each migration has at most one push and one close under way."""
 CPU_BYTES_PER_S = 25e6
 """Budget of copies on a machine whose cores also decode: bench/downtime measures what the others feel of it."""
+MAX_PUSH_BYTES = 4e9
+"""More than a migration puts into one push of one rank, or than all pushes at once that share the budget."""
+PUSH_TIMEOUT_S = MAX_PUSH_BYTES / CPU_BYTES_PER_S
+"""The last resort against a push that hangs; it never cuts a paced one short. `MigrationParams` has the limits."""
 _POLL_MS = 200
 _ANSWER_GRACE_S = 5.0
 
@@ -165,7 +165,7 @@ class RankServer:
                     blocks = BlockRange(order.first, order.end)
                     done = self._endpoint.push(migration_id, order.url, order.block_table, blocks, order.urgent)
                     return _Answer(num_blocks=done.num_blocks, num_bytes=done.num_bytes)
-        except (CopyFailed, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - it fails one order, and the thread serves the next
             return _Answer(str(error) or type(error).__name__)
         return _Answer()
 

@@ -1,8 +1,7 @@
 """How does a request leave vLLM's scheduler, and how does it enter one? A mix-in over both of vLLM's schedulers.
 
 The one mix-in that shares fields with its host: vLLM takes a scheduler class, and there is no port to implement
-instead. It does
-no I/O, and every method runs between two steps. Names of vLLM used here are checked by `compat.py`.
+instead. It does no I/O, and every method runs between two steps. `compat.py` checks the names of vLLM used here.
 """
 
 from __future__ import annotations
@@ -19,21 +18,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
-from instance.vllm.codec import RequestState
+from instance.vllm.codec import PREFILL_FIELDS, RequestState
 
 T = TypeVar("T")
 
 V2_MAX_STOP_TOKEN_IDS = 128
 """vLLM's V2 runner dies of a request with min_tokens and more stop token ids than this."""
 
-_PREFILL_FIELDS = (
-    "num_prompt_tokens",
-    "num_computed_tokens",
-    "num_cached_tokens",
-    "num_local_cached_tokens",
-    "num_external_cached_tokens",
-    "num_cache_creation_tokens",
-)
 _STILL_WAITING = (
     RequestStatus.WAITING,
     RequestStatus.PREEMPTED,
@@ -92,8 +83,7 @@ class FerryMixin:
         self.ferry_last_step = (0, 0)
         """(tokens scheduled, requests that decoded) by the last step."""
         # As for a KV connector's consumer: incoming blocks are written outside the step stream, so a block freed
-        # while a
-        # step that writes it is in flight must not be handed out yet.
+        # while a step that writes it is in flight must not be handed out yet.
         if self.vllm_config.max_concurrent_batches > 1:
             self.defer_block_free = True
         self._ferry_whole_seeded_prefills = current_platform.is_cpu() and not self.use_v2_model_runner
@@ -202,7 +192,7 @@ class FerryMixin:
             has_run=request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED),
             num_preemptions=request.num_preemptions,
             stop_reason=request.stop_reason,
-            prefill_stats=None if stats is None else tuple(getattr(stats, name) for name in _PREFILL_FIELDS),
+            prefill_stats=None if stats is None else tuple(getattr(stats, name) for name in PREFILL_FIELDS),
             num_nans_in_logits=request.num_nans_in_logits,
             priority=request.priority,
             generator=generator,
@@ -262,9 +252,8 @@ class FerryMixin:
         raise NoRoom(f"no {-(-settled_tokens // size)} free KV blocks")
 
     def ferry_grow(self: Any, request_id: str, num_tokens: int) -> None:
-        """Hold blocks for at least `num_tokens`. Raises `NoRoom`, with everything as it was."""
-        if num_tokens > self.max_model_len:
-            raise NoRoom(f"{num_tokens} tokens are more than a context of {self.max_model_len}")
+        """Hold blocks for `num_tokens`, or for the whole context if it is less. Raises `NoRoom`, with all as it was."""
+        num_tokens = min(num_tokens, self.max_model_len)  # the slack a source asks for may reach beyond its end
         manager = self._ferry_manager()
         held = manager.req_to_blocks[request_id]
         num_more = -(-num_tokens // manager.block_size) - len(held)
@@ -276,8 +265,7 @@ class FerryMixin:
             )  # not recorded for zeroing: they are written to at once
 
     def ferry_commit(self: Any, request_id: str, state: RequestState) -> Request:
-        """Its blocks are written, the runner knows it: make it schedulable, before anything that waits without
-        blocks."""
+        """Its blocks are written, the runner knows it: make it schedulable, before all that wait without blocks."""
         request = self.ferry_in.pop(request_id)
         self._ferry_restore(request, state)
         self._ferry_give_back_surplus(request)
@@ -306,7 +294,7 @@ class FerryMixin:
         request.priority = state.priority
         request.prefill_stats = None
         if state.prefill_stats is not None:
-            request.prefill_stats = PrefillStats(**dict(zip(_PREFILL_FIELDS, state.prefill_stats, strict=True)))
+            request.prefill_stats = PrefillStats(**dict(zip(PREFILL_FIELDS, state.prefill_stats, strict=True)))
 
     def _ferry_give_back_surplus(self: Any, request: Request) -> None:
         """Keep what the KV needs and the block of the next token; vLLM would take more for tokens already there."""

@@ -1,9 +1,7 @@
 """What must a rank do for a migration? Give access to its KV pages, and to what its runner remembers of a request.
 
 `FerryWorkerExtension` is mixed into vLLM's worker on every rank. collective_rpc serves set-up and small state only;
-blocks go
-through the rank's own endpoint (`rank.py`), beside the engine's steps. Names of vLLM used here are checked by
-`compat.py`.
+blocks go through the rank's own endpoint (`rank.py`), beside the engine's steps. `compat.py` checks vLLM's names.
 """
 
 from __future__ import annotations

@@ -80,10 +80,14 @@ class ConnectionPool:
             connection.frames.close()
 
     def _connect(self, url: str, deadline_s: float) -> Connection:
-        address = urlsplit(url)
-        if address.scheme not in ("tcp", "shm") or address.hostname is None or address.port is None:
-            raise CopyFailed(f"{url} is no endpoint of a block receiver")
-        sock = socket.create_connection((address.hostname, address.port), timeout=self._params.handshake_s)
+        try:
+            address = urlsplit(url)
+            host, port = address.hostname, address.port
+            if address.scheme not in ("tcp", "shm") or host is None or port is None:
+                raise CopyFailed(f"{url} is no endpoint of a block receiver")
+            sock = socket.create_connection((host, port), timeout=self._params.handshake_s)
+        except ValueError as error:  # the peer wrote it: a port out of range, a host that cannot be one
+            raise CopyFailed(f"{url!r} is no endpoint of a block receiver: {error}") from error
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         frames = FrameSocket(sock)
         try:

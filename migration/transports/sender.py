@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import zlib
@@ -20,6 +21,7 @@ from migration.transports.shm import Segment, slots_freed
 from migration.transports.store import KVStore
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 
+_LOG = logging.getLogger(__name__)
 _WHY_S = 0.2
 """After a broken send: how long to look for the peer's reason."""
 _NO_BUDGET = Budget(None)
@@ -111,6 +113,11 @@ class BlockSender:
         except (OSError, MalformedMessage) as error:
             reason = "broken off" if push.is_broken_off.is_set() else f"{url}: {error or type(error).__name__}"
             raise CopyFailed(reason) from error
+        except CopyFailed:
+            raise
+        except Exception as error:  # a store's own error (a gather of torch, say) is a copy that failed
+            _LOG.error("%s: a push raised %r", migration_id, error, exc_info=error)
+            raise CopyFailed(f"{type(error).__name__}: {error}") from error
         finally:
             with self._lock:
                 del self._pushes[migration_id]

@@ -165,9 +165,8 @@ class Router:
             request_id = RequestId(entry.request_id)
             self._unanswered.discard(request_id)
             if request_id in self._suspect:
-                self._suspect[request_id] = (
-                    now_s  # not cleared: this may have been said before it moved to the dead one
-                )
+                # Not cleared: this may have been said before it moved to the dead one.
+                self._suspect[request_id] = now_s
             if self.relay.has_gap(request_id):
                 self._gap_since.setdefault(request_id, now_s)
             elif self._gap_since:
@@ -266,10 +265,23 @@ class Router:
         # The same id is never sent twice to an instance that has not refused it: the first may have run, and moved.
         effects: list[Effect] = []
         late_s = now_s - self._params.unanswered_for_s
-        for request_id in [one for one in self._unanswered if self._flights[one].sent_s < late_s]:
+        late = [one for one in self._unanswered if self._flights[one].sent_s < late_s]
+        seen = self._seen(now_s) if late else {}
+        very_late_s = now_s - self._params.unanswered_though_seen_for_s
+        for request_id in late:
+            flight, owner = self._flights[request_id], self.relay.owner(request_id)
+            if owner is not None and flight.sequence <= seen.get(owner, 0) and flight.sent_s >= very_late_s:
+                continue  # it has arrived: a long step holds up its answer
             effects += self._abort_everywhere((request_id,))
-            effects += self._start_anew(self._flights[request_id], now_s)
+            effects += self._start_anew(flight, now_s)
         return effects
+
+    def _seen(self, now_s: float) -> dict[Owner, int]:
+        """Up to which of our submissions each member has received them, by its report, if that is fresh."""
+        fresh = [
+            one for one in self.view(now_s).instances if one.report_age_s <= self._params.dispatch.max_report_age_s
+        ]
+        return {(one.instance, one.epoch): one.report.submits_seen for one in fresh}
 
     def _settle_orphans(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -380,13 +392,7 @@ class Router:
         self.relay.check_integrity()
         self._book.check_integrity()
         assert set(self._wire_ids.values()) <= self._flights.keys()
-        for group in (
-            self._waiting,
-            self._unanswered,
-            self._orphaned.keys(),
-            self._suspect.keys(),
-            self._gap_since.keys(),
-        ):
+        for group in (self._waiting, self._unanswered, self._orphaned, self._suspect, self._gap_since):
             assert set(group) <= self._flights.keys(), "a request that ended is still listed"
         assert not self._waiting & self._unanswered, "a waiting request was sent"
         for request_id in self._flights.keys() - self._waiting:

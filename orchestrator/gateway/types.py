@@ -23,6 +23,8 @@ class RouterParams:
     """How long a request may wait here before it fails with BUSY or NOBODY."""
     unanswered_for_s: float = 10.0
     """A submission that was neither answered nor gave a token for so long is taken back and made anew."""
+    unanswered_though_seen_for_s: float = 120.0
+    """The same where the instance says it has it: the answer waits for the running step, or it was lost."""
     max_attempts: int = 5
     silent_after_s: float = 10.0
     """A member that says nothing for so long has lost its requests."""

@@ -61,8 +61,12 @@ class LoopParams:
     lease_s: float = 5.0
     """Instances send reports for so long after the last subscription."""
     call_timeout_s: float = 10.0
-    migrate_timeout_s: float = 60.0
-    """After this a migration counts as ended with an unknown result (TIMED_OUT); the instances settle it by lease."""
+    migrate_timeout_s: float = 3600.0
+    """After this a migration counts as ended with FAULT, its result unknown. Long: the instances end a migration
+    themselves when it makes no progress, and a paced copy of many gigabytes takes minutes."""
+    retry_s: float = 0.5
+    """Pause before a notice that failed is repeated; for fences it doubles up to `max_retry_s`."""
+    max_retry_s: float = 10.0
 
 
 class OrchestratorLoop:
@@ -227,10 +231,19 @@ class OrchestratorLoop:
         self.handle(DrainingSet(effect.instance, effect.epoch, effect.draining, error))
 
     async def _fence(self, effect: FenceInstance, peer_actor: str) -> None:
-        try:
-            await self._fleet.member_lost(peer_actor, effect.instance, effect.epoch, self._params.call_timeout_s)
-        except (ActorGone, CallFailed) as error:
-            _log.warning("peer not told %s", fields(peer=peer_actor, lost=effect.instance, reason=error))
+        """Tell one peer until it knows or is gone itself: until then it heeds what the dead one still says."""
+        pause_s = self._params.retry_s
+        while True:
+            try:
+                await self._fleet.member_lost(peer_actor, effect.instance, effect.epoch, self._params.call_timeout_s)
+            except ActorGone:
+                return
+            except CallFailed as error:
+                _log.warning("peer not told %s", fields(peer=peer_actor, lost=effect.instance, reason=error))
+            else:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._params.max_retry_s)
 
     async def _await_death(self, actor_name: str, make: Callable[[str], Event]) -> None:
         reason = await self._fleet.wait_dead(actor_name)
@@ -282,6 +295,7 @@ class OrchestratorLoop:
             return  # its death notice is on its way
         except CallFailed as error:
             _log.warning("gateway not told %s", fields(gateway=actor_name, reason=error))
+            await asyncio.sleep(self._params.retry_s)
             self._members_changed.set()
 
     # ------------------------------------------------------------------ small things

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayError, RaySystemError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RaySystemError
 
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
 from migration.types import Epoch, Incarnation, InstanceId
@@ -34,6 +34,9 @@ OBJECT_STORE_BYTES = 96 << 20
 """Nothing of ours goes through the object store; Ray wants at least 75 MiB."""
 LEAVE_S = 3.0
 """Processes that are still there so long after Ray's shutdown are killed."""
+STOPPED = "it was stopped"
+ASK_AGAIN_S = 0.5
+"""Pause before an actor whose connection broke is asked again whether it lives."""
 INSTANCE_CONCURRENCY = 256
 GATEWAY_CONCURRENCY = 64
 ORCHESTRATOR_CONCURRENCY = 64
@@ -165,7 +168,7 @@ class RayCluster:
     async def process_id(self, actor_name: str, timeout_s: float) -> int:
         """The process of the actor; returns once the actor's class has been imported there."""
         handle = self._handle(actor_name)
-        return int(await _settled(handle.__ray_call__.remote(_own_process_id), timeout_s))
+        return int(await settled(handle.__ray_call__.remote(_own_process_id), timeout_s))
 
     async def stop_actor(self, actor_name: str, timeout_s: float) -> None:
         """Ask it to stop, then end its process either way."""
@@ -238,19 +241,17 @@ class RayCluster:
 
     async def wait_dead(self, actor_name: str) -> str:
         try:
-            await self._handle(actor_name).lifetime.remote()
+            reason = await why_over(self._handle(actor_name))
         except ActorGone as error:
             return str(error)
-        except RayActorError:
-            return "its process ended"
-        except RayError as error:
-            return one_line(error)
-        return "it was stopped"
+        if reason != STOPPED:  # who stopped it ends its process, too, when it has cleaned up
+            self.kill(actor_name)  # before anybody is told: a cut off process may still run
+        return reason
 
     async def _call(self, actor_name: str, method: str, timeout_s: float, *arguments: object) -> bytes:
         # By name, as the port says which actor; the methods are those of the actor classes, three lines away from here.
         answer = getattr(self._handle(actor_name), method).remote(*arguments)
-        return await _settled(answer, timeout_s)
+        return await settled(answer, timeout_s)
 
     def _handle(self, actor_name: str) -> ActorHandle:
         handle = self._handles.get(actor_name)
@@ -267,12 +268,30 @@ def _own_process_id(_actor: object) -> int:
     return os.getpid()
 
 
-async def _settled(answer: Awaitable[Answer], timeout_s: float) -> Answer:
+async def why_over(handle: ActorHandle, ask_again_s: float = ASK_AGAIN_S) -> str:
+    """Return, with the reason in one line, once the actor's `lifetime` is over; a broken connection is not the end."""
+    while True:
+        try:
+            await handle.lifetime.remote()
+        except ActorUnavailableError:
+            await asyncio.sleep(ask_again_s)  # a RayActorError, but unknown, not dead
+        except RayActorError:
+            return "its process ended"
+        except RayError as error:
+            return one_line(error)
+        else:
+            return STOPPED
+
+
+async def settled(answer: Awaitable[Answer], timeout_s: float) -> Answer:
+    """Wait for an actor's answer. Raises ActorGone or CallFailed."""
     try:
         async with asyncio.timeout(timeout_s):
             return await answer
     except TimeoutError as error:
         raise CallFailed(f"no answer within {timeout_s:g} s") from error
+    except ActorUnavailableError as error:  # a RayActorError, but unknown, not dead
+        raise CallFailed(f"its connection broke: {one_line(error)}") from error
     except RayActorError as error:
         raise ActorGone("its process ended") from error
     except RayError as error:

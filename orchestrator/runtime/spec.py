@@ -42,7 +42,7 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     rest_s: float = 10.0
     max_migrations: int = 2
     """In and out per instance."""
-    migrate_timeout_s: float = 60.0
+    migrate_timeout_s: float = 3600.0
     journal: str = ""
     """File of events and decisions; none when empty."""
     journal_max_bytes: int = 64 << 20

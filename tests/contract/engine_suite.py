@@ -207,6 +207,9 @@ class EngineContract:
 
     def test_a_reservation_grows_and_a_refused_growth_changes_nothing(self, pair: EnginePair) -> None:
         size, total = pair.second.facts.block_size, pair.second.facts.total_blocks
+        for i in range(2):
+            other = pair.add(pair.second, Shape(a_large_share_of(pair.second), 20, prompt_key=27 + i))
+            pair.decode_until(pair.second, other, 1)
         request = pair.add(pair.first, Shape(2 * size, 40, prompt_key=20))
         pair.decode_until(pair.first, request, 2)
         migration, before = pair.reserve(pair.second, pair.describe(pair.first, request), slack_blocks=0)
@@ -221,6 +224,19 @@ class EngineContract:
             "it never shrinks, and asking for less is no error"
         )
         assert pair.second.load().reserved_blocks == grown.num_blocks
+        pair.second.cancel(migration)
+
+    def test_room_asked_for_beyond_the_longest_context_is_the_room_of_the_longest_context(
+        self, pair: EnginePair
+    ) -> None:
+        """A source asks for slack: near the end of the context it reaches beyond it, and the request still moves."""
+        longest = pair.second.facts.max_model_len
+        request = pair.add(pair.first, Shape(40, 20, prompt_key=29))
+        pair.decode_until(pair.first, request, 2)
+        migration, _ = pair.reserve(pair.second, pair.describe(pair.first, request))
+        grown = pair.second.grow(migration, longest + 2 * pair.second.facts.block_size)
+        assert isinstance(grown, Reservation) and grown.num_blocks >= longest // pair.second.facts.block_size
+        pair.second.check_integrity()
         pair.second.cancel(migration)
 
     def test_a_reservation_is_refused_when_the_blocks_are_taken(self, pair: EnginePair) -> None:

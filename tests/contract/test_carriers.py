@@ -385,6 +385,44 @@ def test_nobody_at_the_url_fails(link: Link) -> None:
         link.push()
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "tcp://127.0.0.1:99999",
+        "tcp://127.0.0.1:port",
+        "tcp://[::1",
+        f"tcp://{'a' * 70}.b:1",
+        "tcp://a\x00b:1",
+        "shm://127.0.0.1",
+        "nccl://127.0.0.1:1",
+        "",
+    ],
+)
+def test_a_url_that_is_none_fails_the_push_and_nothing_else(socket_link: Link, url: str) -> None:
+    link = socket_link
+    with pytest.raises(CopyFailed):
+        link.sender.push(M, url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=20)
+    link.receiver.open(M, TARGET_TABLE)
+    link.push()
+    assert link.num_equal() == 40
+
+
+def test_a_store_that_raises_anything_fails_the_push_and_nothing_else(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    link.receiver.open(M, TARGET_TABLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(link.here, "gather", gather)
+        with pytest.raises(CopyFailed, match="illegal memory access"):
+            link.push()
+    assert not link.there.scattered
+    link.push()
+    assert link.num_equal() == 40
+
+
 def test_a_segment_that_cannot_be_shared_falls_back_to_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("migration.transports.receiver.map_segment", lambda *_: None)  # as from another host
     link = Link("shm://127.0.0.1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -21,7 +22,7 @@ from instance.vllm.codec import decode_state, encode_state
 from instance.vllm.host import VllmEngine
 from migration.types import StoppedRequest
 from tests.support.exactness import Comparison, Seen
-from tests.support.pair import EnginePair, Sabotage
+from tests.support.pair import EnginePair, Refused, Sabotage
 from tests.support.vllm_kit import VllmKit, prompt_of, shared_kit, start_engine, submission_of
 
 PROMPT = 200
@@ -226,6 +227,25 @@ def without_generator(state: bytes) -> bytes:
     return encode_state(
         type(decoded)(**{**{name: getattr(decoded, name) for name in decoded.__struct_fields__}, "generator": None})
     )
+
+
+@pytest.mark.parametrize("malformed", [{"generator": b"short"}, {"generator": b""}, {"prefill_stats": (1, 2)}])
+def test_a_state_vllm_could_not_take_in_is_refused_and_the_engine_goes_on(
+    compare: Callable[..., Comparison], malformed: dict[str, object]
+) -> None:
+    comparison = compare("seeded", key=74)
+    pair, first, second = comparison.pair, comparison.first, comparison.second
+    expected = comparison.undisturbed()
+    request_id = comparison.start()
+    pair.decode_until(first, request_id, 5)
+    sabotage = Sabotage(
+        alter_state=lambda state: encode_state(msgspec.structs.replace(decode_state(state), **malformed))
+    )
+    with pytest.raises(Refused):
+        pair.ferry(request_id, first, second, sabotage=sabotage)
+    assert second.load().reserved_blocks == 0
+    pair.finish(first, request_id)
+    assert pair.tokens(request_id) == list(expected.tokens)
 
 
 def assert_altered(moved: Seen, expected: Seen) -> None:

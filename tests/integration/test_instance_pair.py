@@ -354,3 +354,16 @@ async def test_a_stop_is_prompt_even_while_a_commit_is_unanswered() -> None:
         await fleet.services.pop("i0").stop()
         assert asyncio.get_running_loop().time() - begun_s < 3.0
         await moving
+
+
+async def test_a_destination_that_was_declared_dead_is_refused_at_once() -> None:
+    request = a_request(15, 100, 800)
+    async with fleet_of(2) as fleet:
+        await fleet.run("i0", "r", request, 5)
+        there = fleet.members["i1"]
+        fleet.services["i0"].member_lost(there.instance, there.epoch)
+        told = await fleet.services["i0"].migrate("r", there)
+        assert told.outcome == "refused" and "known to be dead" in told.reason, told
+        await fleet.finish("r")
+        assert fleet.gateway.tokens("r") == expected_output(request)
+        await fleet.check_rest()

@@ -18,6 +18,10 @@ class FakeCluster:
         self.outcome = "committed"
         self.broken: set[str] = set()
         """Actors whose calls fail without their being dead."""
+        self.failures_left: dict[str, int] = defaultdict(int)
+        """So many more calls to this actor fail."""
+        self.fence_tried: list[str] = []
+        self.fence_begun = asyncio.Event()
         self.deaths: dict[str, asyncio.Future[str]] = defaultdict(lambda: asyncio.get_running_loop().create_future())
         self.migrated: list[tuple[str, str, str, str]] = []
         self.draining: list[tuple[str, bool]] = []
@@ -53,6 +57,8 @@ class FakeCluster:
         self.draining.append((actor_name, draining))
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
+        self.fence_tried.append(actor_name)
+        self.fence_begun.set()
         self._check(actor_name)
         self.fenced.append((actor_name, instance, epoch))
 
@@ -67,5 +73,8 @@ class FakeCluster:
     def _check(self, actor_name: str) -> None:
         if actor_name in self.deaths and self.deaths[actor_name].done():
             raise ActorGone("its process ended")
+        if actor_name in self.failures_left and self.failures_left[actor_name] > 0:
+            self.failures_left[actor_name] -= 1
+            raise CallFailed("its connection broke")
         if actor_name in self.broken:
             raise CallFailed("no answer within 1 s")

@@ -200,6 +200,25 @@ def test_an_unanswered_submission_is_taken_back_and_made_anew_a_bounded_number_o
     assert failed.failure.message == "3 instances were lost before they answered; please retry later"
 
 
+def test_a_submission_that_a_long_step_holds_up_is_not_made_anew_until_its_instance_is_silent() -> None:
+    desk = Desk("a")
+    desk.submit()
+    for _ in range(5):
+        desk.now_s += 10.0
+        desk.says(desk.report("a", submits_seen=1))
+        assert wire_ids(desk.checked(desk.router.tick(desk.now_s))) == []
+    assert desk.after(9.9, heard="") != [], "its report is not fresh any more: it may have forgotten"
+    assert desk.router.counts.redispatched == 1
+
+
+def test_a_submission_the_instance_has_seen_is_made_anew_when_its_answer_must_be_lost() -> None:
+    desk = Desk("a")
+    desk.submit()
+    desk.now_s = 120.1
+    desk.says(desk.report("a", submits_seen=1))
+    assert wire_ids(desk.checked(desk.router.tick(desk.now_s))) == ["r~2"]
+
+
 def test_an_instance_whose_inbox_is_full_is_passed_over() -> None:
     desk = Desk()
     desk.submit()

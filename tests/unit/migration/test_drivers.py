@@ -62,7 +62,8 @@ def test_a_live_migration_copies_while_decoding_goes_on_and_only_the_tail_while_
         expect_moved(pair, report)
         assert report.stages and report.tail is not None
         assert report.tail.num_blocks <= 2
-        assert [urgent for _, urgent in pair.mover.pushes] == [False] * len(report.stages) + [True]
+        urgency = [urgent for _, urgent in pair.mover.pushes]
+        assert urgency == sorted(urgency) and urgency.count(True) == 1 and urgency.count(False) >= len(report.stages)
         num_blocks = -(-report.moved_tokens // BLOCK_SIZE)
         assert pair.mover.landed == set(range(num_blocks))
         assert report.num_blocks == num_blocks  # nothing is copied twice

@@ -7,6 +7,8 @@ import json
 import logging
 from pathlib import Path
 
+import pytest
+
 from orchestrator.events import ReportReceived, Ticked
 from orchestrator.log import LineFormatter, fields
 from orchestrator.resting import RestingPlace
@@ -32,6 +34,17 @@ def test_the_journal_never_holds_more_than_twice_its_bound_and_keeps_the_latest(
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(sizes) == {"j", "j.1"} and max(sizes.values()) <= 1000
     assert json.loads((tmp_path / "j").read_text().splitlines()[-1])["at_s"] == 199.0
+
+
+def test_a_full_disk_ends_the_journal_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "j").symlink_to("/dev/full")
+    journal = Journal(tmp_path / "j", max_bytes=1 << 20)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            journal.write(Ticked(), [], 1.0)
+            journal.flush()
+        journal.close()
+    assert [record.message.startswith("no journal from here on") for record in caplog.records] == [True]
 
 
 def test_an_exception_stays_on_one_line_and_secrets_are_hidden() -> None:
