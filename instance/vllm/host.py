@@ -242,8 +242,7 @@ class VllmEngine:
 
     # ---- destination
     def reserve(self, migration_id: MigrationId, description: Description, slack_blocks: int) -> Reservation | Refusal:
-        refusal = self._why_not_here(migration_id, description)
-        if refusal is not None:
+        if (refusal := self._why_not_here(migration_id, description)) is not None:
             return Refusal(refusal)
         try:
             described = decode_described(description.payload)
@@ -251,8 +250,7 @@ class VllmEngine:
         except CodecError as error:
             return Refusal(str(error))
         core_request.priority = described.priority
-        unservable = self._why_unservable(core_request)
-        if unservable is not None:
+        if (unservable := self._why_unservable(core_request)) is not None:
             return Refusal(unservable)
         request, _ = self._core.preprocess_add_request(core_request)  # starts compiling its grammar, if it has one
         if described.output_token_ids:
@@ -263,8 +261,10 @@ class VllmEngine:
             hit = self._scheduler.ferry_reserve(request, description.settled_tokens, slack_blocks)
         except NoRoom as error:
             return Refusal(str(error))
-        self._incoming[migration_id] = _Incoming(request, _Submitted(described.external_id, described.core), hit)
-        return self._reservation(self._incoming[migration_id])
+        self._core.collective_rpc("ferry_expect", args=(request.request_id, described.core))
+        incoming = _Incoming(request, _Submitted(described.external_id, described.core), hit)
+        self._incoming[migration_id] = incoming
+        return self._reservation(incoming)
 
     def grow(self, migration_id: MigrationId, num_tokens: int) -> Reservation | Refusal:
         incoming = self._incoming.get(migration_id)

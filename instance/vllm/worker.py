@@ -6,6 +6,7 @@ blocks go through the rank's own endpoint (`rank.py`), beside the engine's steps
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from instance.vllm.codec import decode_request, decode_state
 from instance.vllm.pages import PageStore
 from instance.vllm.rank import CPU_BYTES_PER_S, RankEndpoint, RankServer
+
+MAX_EXPECTED = 64
+"""Submissions decoded ahead of their commit; more than an instance lets in at once."""
 
 
 def page_store(model_runner: Any) -> PageStore:
@@ -76,6 +80,7 @@ class FerryWorkerExtension:
         budget = CPU_BYTES_PER_S if self.model_runner.device.type == "cpu" else None
         endpoint = RankEndpoint(page_store(self.model_runner), carrier, host, token, budget)
         self.ferry_endpoint = endpoint
+        self.ferry_expected: OrderedDict[str, Any] = OrderedDict()
         self.ferry_server = None
         if control_address is not None:
             self.ferry_server = RankServer(endpoint, f"{control_address}-{self.rank}", token)
@@ -93,6 +98,14 @@ class FerryWorkerExtension:
             return None
         return bytes(known.generator.get_state().numpy().tobytes())
 
+    def ferry_expect(self: Any, request_id: str, payload: bytes) -> None:
+        """Decode a submission while its request still decodes elsewhere: thousands of prompt tokens would otherwise be
+        decoded while it stands still. The latest MAX_EXPECTED are kept; `ferry_import` manages without."""
+        self.ferry_expected[request_id] = decode_request(payload)
+        self.ferry_expected.move_to_end(request_id)
+        while len(self.ferry_expected) > MAX_EXPECTED:
+            self.ferry_expected.popitem(last=False)
+
     def ferry_import(
         self: Any, payload: bytes, state_bytes: bytes, request_id: str, block_ids: tuple[list[int], ...]
     ) -> None:
@@ -101,7 +114,8 @@ class FerryWorkerExtension:
         runner = self.model_runner
         if hasattr(runner, "req_states"):
             return  # the V2 runner is sent resumed requests whole
-        request, state = decode_request(payload), decode_state(state_bytes)
+        request = self.ferry_expected.pop(request_id, None) or decode_request(payload)
+        state = decode_state(state_bytes)
         generator = _generator(request.sampling_params, state.generator, runner.device)
         known = CachedRequestState(
             req_id=request_id,
