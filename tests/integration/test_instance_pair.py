@@ -68,7 +68,7 @@ async def test_a_stream_survives_many_moves_there_and_back_on_pipelined_engines(
 async def test_any_moves_of_many_requests_under_traffic_are_exact(seed: int) -> None:
     rng = random.Random(seed)
     requests = {
-        f"r{i}": a_request(rng.randrange(6), rng.randrange(1, 150), rng.randrange(20, 250), rng.randrange(2))
+        f"r{i}": a_request(rng.randrange(6), rng.randrange(1, 150), rng.randrange(100, 500), rng.randrange(2))
         for i in range(24)
     }
     flags = ["--num-gpu-blocks-override", "70", "--max-num-seqs", "6", "--max-num-batched-tokens", "64"]
@@ -96,7 +96,7 @@ async def test_any_moves_of_many_requests_under_traffic_are_exact(seed: int) -> 
         for request_id, request in requests.items():
             assert fleet.gateway.tokens(request_id) == expected_output(request), request_id
         await fleet.check_rest()
-        assert outcomes.count("committed") >= 5, outcomes
+        assert outcomes.count("committed") >= 10, outcomes
 
 
 async def test_two_requests_cross_each_other() -> None:
