@@ -9,6 +9,9 @@ and the end of the first one at the destination, both on this machine's clock.
 
 The second part lets other requests decode on both sides and compares their token gaps during a live copy with those
 just before it.
+
+Both are done with two models (bench/models/README.md): `wide`, whose KV beside its weights is what served models have,
+at all lengths; and `tiny`, the demo's, whose step at 8k tokens is mostly reading KV, at the shortest and the longest.
 """
 
 from __future__ import annotations
@@ -16,28 +19,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from bench.downtime_picture import draw
+from bench.downtime_report import MODES, NAMES, Arm, Slowdown, result_of, slow_table, table_of
 from bench.fleet import Fleet, FleetError, Stream
-from bench.report import Result, Value, spread_of, this_machine, write_result
-from instance.spec import MigrationSummary
+from bench.report import Result, write_result
 
-MODEL = Path(__file__).parent / "models" / "tiny"
-MODES = ("live", "blocking", "recompute")
-NAMES = {"live": "live", "blocking": "blocking copy", "recompute": "re-prefill"}
+MODELS = Path(__file__).parent / "models"
+MODEL, ALSO = "wide", "tiny"
+MODEL_FLAGS = {"wide": ("--load-format", "dummy", "--skip-tokenizer-init"), "tiny": ()}
+"""`wide` is a configuration only: its weights are random, which no time here depends on."""
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 QUICK_LENGTHS = (256, 2048, 8192)
 SETTLE_TOKENS = 24
@@ -48,22 +47,11 @@ BEFORE_S = 0.25
 """Gaps of the others are compared with those of this long before the copy began."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One move: its downtime and what it cost."""
-
-    mode: str
-    length: int
-    downtime_s: float
-    step_s: float
-    """Median gap between tokens at the source just before."""
-    summary: MigrationSummary
-
-
-def engine_argv(longest: int) -> tuple[str, ...]:
+def engine_argv(longest: int, model: str = ALSO) -> tuple[str, ...]:
     """Room for one request of the longest kind beside the others on each side."""
     return (
-        str(MODEL),
+        str(MODELS / model),
+        *MODEL_FLAGS[model],
         "--dtype",
         "float32",
         "--max-model-len",
@@ -80,7 +68,7 @@ def prompt(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randrange(16, 512) for _ in range(num_tokens)]
 
 
-async def move_once(fleet: Fleet, rng: random.Random, mode: str, length: int) -> Arm:
+async def move_once(fleet: Fleet, rng: random.Random, model: str, mode: str, length: int) -> Arm:
     """Decode at the source, move, decode at the destination. Raises FleetError when the move did not commit."""
     stream = fleet.submit("source", prompt(rng, length - SETTLE_TOKENS), max_tokens=1024)
     await stream.wait_tokens(SETTLE_TOKENS)
@@ -93,36 +81,24 @@ async def move_once(fleet: Fleet, rng: random.Random, mode: str, length: int) ->
     source = [token.at_s for token in stream.tokens if token.instance == "source"]
     destination = [token.at_s for token in stream.tokens if token.instance == "destination"]
     gaps = [after - before for before, after in pairwise(source[2:])]
-    return Arm(mode, length, destination[0] - source[-1], median(gaps), summary)
+    return Arm(model, mode, length, destination[0] - source[-1], median(gaps), summary)
 
 
-async def downtimes(fleet: Fleet, rng: random.Random, lengths: Sequence[int], trials: int, say: Progress) -> list[Arm]:
+async def downtimes(
+    fleet: Fleet, rng: random.Random, model: str, lengths: Sequence[int], trials: int, say: Progress
+) -> list[Arm]:
     """Every length and mode, `trials` times, in shuffled order within each round; the first round warms up."""
     arms: list[Arm] = []
-    task = say.add_task("downtime", total=(trials + 1) * len(lengths) * len(MODES))
+    task = say.add_task(f"{model}: downtime", total=(trials + 1) * len(lengths) * len(MODES))
     for trial in range(trials + 1):
         plan = [(mode, length) for length in lengths for mode in MODES]
         rng.shuffle(plan)
         for mode, length in plan:
-            arm = await move_once(fleet, rng, mode, length)
+            arm = await move_once(fleet, rng, model, mode, length)
             say.advance(task)
             if trial:
                 arms.append(arm)
     return arms
-
-
-@dataclass(frozen=True, slots=True)
-class Slowdown:
-    """Mean gap of the others' tokens on one instance, during one live copy and just before."""
-
-    instance: str
-    length: int
-    before_s: float
-    during_s: float
-
-    @property
-    def ratio(self) -> float:
-        return self.during_s / self.before_s
 
 
 def gaps_between(streams: Sequence[Stream], first_s: float, end_s: float) -> list[float]:
@@ -135,20 +111,25 @@ def gaps_between(streams: Sequence[Stream], first_s: float, end_s: float) -> lis
 
 
 async def slowdowns(
-    fleet: Fleet, rng: random.Random, lengths: Sequence[int], trials: int, others: int, say: Progress
+    fleet: Fleet, rng: random.Random, model: str, lengths: Sequence[int], options: argparse.Namespace, say: Progress
 ) -> list[Slowdown]:
-    """Live moves beside `others` requests that decode on each side."""
+    """Live moves beside `options.others` requests that decode on each side."""
     found: list[Slowdown] = []
-    task = say.add_task("slow-down of others", total=(trials + 1) * len(lengths))
+    trials = max(4, trials_of(options))
+    task = say.add_task(f"{model}: slow-down of others", total=(trials + 1) * len(lengths))
     for trial in range(trials + 1):
         for length in lengths:
-            rows = await _slowdown_once(fleet, rng, length, others)
+            rows = await _slowdown_once(fleet, rng, model, length, options.others)
             found += rows if trial else []  # the first round warms up
             say.advance(task)
     return found
 
 
-async def _slowdown_once(fleet: Fleet, rng: random.Random, length: int, others: int) -> list[Slowdown]:
+def trials_of(options: argparse.Namespace) -> int:
+    return options.trials or (3 if options.quick else 9)
+
+
+async def _slowdown_once(fleet: Fleet, rng: random.Random, model: str, length: int, others: int) -> list[Slowdown]:
     beside = {
         name: [fleet.submit(name, prompt(rng, OTHERS_LENGTH), max_tokens=1800) for _ in range(others)]
         for name in fleet.instances
@@ -174,119 +155,36 @@ async def _slowdown_once(fleet: Fleet, rng: random.Random, length: int, others: 
         during = gaps_between(streams, begun_s, end_s)
         before = gaps_between(streams, begun_s - BEFORE_S, begun_s)
         if during and before:
-            rows.append(Slowdown(name, length, fmean(before), fmean(during)))
+            rows.append(Slowdown(model, name, length, fmean(before), fmean(during)))
     return rows
-
-
-def figures(arms: Sequence[Arm], slow: Sequence[Slowdown]) -> dict[str, float | int | None]:
-    """The bars' numbers, from medians. `downtime_growth` is of the longest length over the shortest."""
-    by_arm: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for arm in arms:
-        by_arm[arm.mode, arm.length].append(arm.downtime_s)
-    shortest, longest = min(arm.length for arm in arms), max(arm.length for arm in arms)
-    live = median(by_arm["live", longest])
-    return {
-        "downtime_growth_256_8k": live / median(by_arm["live", shortest]),
-        "live_over_reprefill_8k": live / median(by_arm["recompute", longest]),
-        "others_slowdown": median(row.ratio for row in slow) - 1.0,
-    }
-
-
-def table_of(arms: Sequence[Arm]) -> Table:
-    table = Table(title="downtime: median and p10 .. p90 of n moves")
-    table.add_column("tokens", justify="right")
-    table.add_column("how")
-    for name in ("n", "downtime ms", "decode steps", "step ms", "stopped ms", "blocks before + after stop", "MB"):
-        table.add_column(name, justify="right")
-    for length in sorted({arm.length for arm in arms}):
-        for mode in MODES:
-            rows = [arm for arm in arms if arm.length == length and arm.mode == mode]
-            down = spread_of([arm.downtime_s * 1e3 for arm in rows])
-            steps = median(arm.downtime_s / arm.step_s for arm in rows)
-            last = rows[-1].summary
-            table.add_row(
-                str(length),
-                NAMES[mode],
-                str(len(rows)),
-                f"{down['median']:.1f} ({down['p10']:.1f} .. {down['p90']:.1f})",
-                f"{steps:.1f}",
-                f"{median(arm.step_s for arm in rows) * 1e3:.1f}",
-                f"{median(arm.summary.stopped_s for arm in rows) * 1e3:.1f}",
-                f"{last.copied_blocks} + {last.tail_blocks}",
-                f"{last.num_bytes / 1e6:.1f}",
-            )
-    return table
-
-
-def slow_table(slow: Sequence[Slowdown]) -> Table:
-    table = Table(title="gaps between tokens of the others, during a live copy over just before")
-    for name in ("tokens moved", "at", "n", "before ms", "during ms", "ratio"):
-        table.add_column(name, justify="right")
-    for length in sorted({row.length for row in slow}):
-        for name in ("source", "destination"):
-            rows = [row for row in slow if row.length == length and row.instance == name]
-            ratio = spread_of([row.ratio for row in rows])
-            table.add_row(
-                str(length),
-                name,
-                str(len(rows)),
-                f"{median(row.before_s for row in rows) * 1e3:.2f}",
-                f"{median(row.during_s for row in rows) * 1e3:.2f}",
-                f"{ratio['median']:.3f} ({ratio['p10']:.3f} .. {ratio['p90']:.3f})",
-            )
-    return table
-
-
-def result_of(arms: Sequence[Arm], slow: Sequence[Slowdown]) -> Result:
-    keyed: dict[str, list[Arm]] = defaultdict(list)
-    for arm in arms:
-        keyed[f"{arm.mode}_{arm.length}"].append(arm)
-    described: dict[str, dict[str, Value]] = {
-        name: {
-            "downtime_ms": median(arm.downtime_s for arm in rows) * 1e3,
-            "downtime_steps": median(arm.downtime_s / arm.step_s for arm in rows),
-            "step_ms": median(arm.step_s for arm in rows) * 1e3,
-            "stopped_ms": median(arm.summary.stopped_s for arm in rows) * 1e3,
-            "num_bytes": rows[-1].summary.num_bytes,
-        }
-        for name, rows in keyed.items()
-    }
-    ratios = [row.ratio for row in slow]
-    return Result(
-        name="downtime",
-        command=shlex.join(["python", "-m", "bench.downtime", *sys.argv[1:]]),
-        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        figures=figures(arms, slow),
-        arms=described,
-        n={name: len(rows) for name, rows in keyed.items()} | {"others": len(ratios)},
-        spread={
-            f"{name}_downtime_ms": spread_of([arm.downtime_s * 1e3 for arm in rows]) for name, rows in keyed.items()
-        }
-        | {"others_ratio": spread_of(ratios)},
-        machine=this_machine(),
-    )
 
 
 async def run(options: argparse.Namespace, console: Console) -> Result:
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
-    trials = options.trials or (3 if options.quick else 9)
     rng = random.Random(options.seed)
-    console.print("starting two instances ...")
-    async with Fleet.running(("source", "destination"), engine_argv(max(lengths))) as fleet:
-        with Progress(console=console, transient=True) as say:
-            arms = await downtimes(fleet, rng, lengths, trials, say)
-            slow = await slowdowns(fleet, rng, lengths[-2:], max(4, trials), options.others, say)
-    console.print(table_of(arms))
+    arms: list[Arm] = []
+    slow: list[Slowdown] = []
+    for model, at in ((MODEL, lengths), (ALSO, (lengths[0], lengths[-1]))):
+        console.print(f"{model}: starting two instances ...")
+        async with Fleet.running(("source", "destination"), engine_argv(max(lengths), model)) as fleet:
+            with Progress(console=console, transient=True) as say:
+                arms += await downtimes(fleet, rng, model, at, trials_of(options), say)
+                slow += await slowdowns(fleet, rng, model, lengths[-2:], options, say)
+        console.print(table_of(arms, model))
     console.print(slow_table(slow))
     if options.picture:
         points = {
-            (NAMES[mode], length): [arm.downtime_s * 1e3 for arm in arms if (arm.mode, arm.length) == (mode, length)]
+            (NAMES[mode], length): [arm.downtime_s * 1e3 for arm in arms if _is_of(arm, mode, length)]
             for mode in MODES
             for length in lengths
         }
         draw(points, options.picture)
         console.print(f"picture: {options.picture}")
-    return result_of(arms, slow)
+    return result_of(arms, slow, MODEL, ALSO)
+
+
+def _is_of(arm: Arm, mode: str, length: int) -> bool:
+    return (arm.model, arm.mode, arm.length) == (MODEL, mode, length)
 
 
 def main() -> int:

@@ -36,9 +36,14 @@ def choose_engine(spec: InstanceSpec) -> EngineChoice:
 
 def _make_vllm(spec: InstanceSpec) -> Engine:
     # Here and not above: seconds of imports, and only the process that hosts this engine may pay them.
+    from instance.vllm.flags import FlagError, with_memory_share  # noqa: PLC0415
     from instance.vllm.host import VllmEngine  # noqa: PLC0415
 
-    engine: Engine = VllmEngine.from_argv(spec.engine_argv, carriers=spec.carriers, host=spec.host, token=spec.token)
+    try:
+        argv = with_memory_share(spec.engine_argv, spec.num_sharing)
+    except FlagError as error:
+        raise StartError(str(error)) from error
+    engine: Engine = VllmEngine.from_argv(argv, carriers=spec.carriers, host=spec.host, token=spec.token)
     return engine
 
 

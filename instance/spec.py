@@ -26,6 +26,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     """Kinds of carrier offered, best first; shm only ever serves peers on the same host."""
     token: str = ""
     """Shared secret of the fleet's data plane; never logged."""
+    num_sharing: int = 1
+    """Instances that share a machine's memory where there is no GPU, this one included."""
     max_waiting: int = 1024
     """Submissions are refused while so many requests wait."""
     max_migrations_out: int = 2

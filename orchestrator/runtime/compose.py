@@ -71,6 +71,7 @@ def instance_specs(config: ServeConfig, token: str) -> list[InstanceSpec]:
             engine=kind,
             engine_argv=(config.model, *config.engine_argv),
             token=token,
+            num_sharing=config.instances,
             max_migrations_in=config.max_migrations,
             max_migrations_out=config.max_migrations,
         )

@@ -7,23 +7,20 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import openai
 import psutil
 import pytest
 
 from tests.support.model import tiny_model_path
+from tests.support.moved_streams import GREEDY, MODEL, Sampling, moved_texts, owners_of, text_of, texts_of
 from tests.support.serving import Serving, wait_gone
 
 pytestmark = pytest.mark.timeout(300)
 
 READY_S = 240.0
-MODEL = "tiny"
-Sampling = dict[str, float]
-GREEDY: Sampling = {"temperature": 0.0}
 NUM_TOKENS = 1800
 NUM_HOPS = 6
 """Three times there and back."""
@@ -43,59 +40,6 @@ def serving() -> Iterator[Serving]:
         cluster.end()
 
 
-def client(serving: Serving) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=serving.base_url, api_key="none", max_retries=0, timeout=120)
-
-
-async def stream(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling) -> AsyncIterator[str]:
-    """The text of one completion, piece by piece."""
-    async with client(serving) as api:
-        pieces = await api.completions.create(
-            model=MODEL,
-            prompt="Once upon a time",
-            max_tokens=num_tokens,
-            stream=True,
-            extra_body={"ignore_eos": True, **sampling},
-            extra_headers={"x-request-id": request_id},
-        )
-        async for piece in pieces:
-            if piece.choices:
-                yield piece.choices[0].text
-
-
-async def text_of(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling = GREEDY) -> str:
-    return "".join([piece async for piece in stream(serving, request_id, num_tokens, sampling)])
-
-
-async def owner_of(serving: Serving, request_id: str) -> str:
-    async with asyncio.timeout(20):
-        while True:  # another process: there is no event to wait for
-            listed = (await asyncio.to_thread(serving.status))["requests"]
-            for item in listed:
-                if request_id in item["external_id"] or request_id in item["name"]:
-                    return str(item["instance"].removeprefix("instances/"))
-            await asyncio.sleep(0.05)
-
-
-async def moved_text(serving: Serving, request_id: str, sampling: Sampling) -> tuple[str, int]:
-    """The text of a stream that is moved there and back while it runs, and how many moves were committed."""
-    reading = asyncio.create_task(text_of(serving, request_id, NUM_TOKENS, sampling))
-    owner = await owner_of(serving, request_id)
-    listed = (await asyncio.to_thread(serving.status))["requests"]
-    (name,) = [item["name"].removeprefix("requests/") for item in listed if request_id in item["name"]]
-    num_committed = 0
-    for _hop in range(NUM_HOPS):
-        owner = "instance-1" if owner == "instance-0" else "instance-0"
-        done = await asyncio.to_thread(serving.command, "migrate", name, "--to", owner)
-        assert not reading.done(), f"the stream must outlive its moves: {done}"
-        assert done.status == 0, done
-        num_committed += "committed" in done.out
-        async with asyncio.timeout(20):  # the next hop starts from where the orchestrator knows it to be
-            while await owner_of(serving, request_id) != owner:
-                pass
-    return await reading, num_committed
-
-
 @pytest.mark.parametrize(
     "sampling",
     [GREEDY, {"temperature": 0.8, "seed": 17}],
@@ -105,9 +49,30 @@ async def test_a_stream_moved_three_times_there_and_back_says_what_one_left_alon
     serving: Serving, sampling: Sampling
 ) -> None:
     kind = "seeded" if "seed" in sampling else "greedy"
-    alone = await text_of(serving, f"alone-{kind}", NUM_TOKENS, sampling)
-    moved, num_committed = await moved_text(serving, f"moved-{kind}", sampling)
+    alone = await texts_of(serving, f"alone-{kind}", NUM_TOKENS, sampling)
+    moved, num_committed = await moved_texts(serving, f"moved-{kind}", NUM_TOKENS, sampling, NUM_HOPS)
     assert num_committed == NUM_HOPS
+    assert moved == alone
+
+
+async def test_a_stop_string_ends_a_moved_answer_where_it_ends_one_left_alone(serving: Serving) -> None:
+    sampling: Sampling = {"temperature": 0.8, "seed": 17}
+    whole = await text_of(serving, "whole", NUM_TOKENS, sampling)
+    at = next(at for at in range(len(whole) * 9 // 10, len(whole)) if whole.index(whole[at : at + 12]) == at)
+    stopping = {**sampling, "stop": [whole[at : at + 12]]}
+    alone = await texts_of(serving, "stop-alone", NUM_TOKENS, stopping)
+    assert alone == (whole[:at] + "<stop>",)
+    moved, num_committed = await moved_texts(serving, "stop-moved", NUM_TOKENS, stopping, num_hops=4)
+    assert num_committed == 4
+    assert moved == alone
+
+
+async def test_every_choice_of_n_moves_and_is_what_it_is_alone(serving: Serving) -> None:
+    sampling: Sampling = {"temperature": 0.8, "seed": 17, "n": 2}
+    alone = await texts_of(serving, "choices-alone", NUM_TOKENS, sampling)
+    assert len(set(alone)) == 2, "the choices must differ, or one could stand for the other"
+    moved, num_committed = await moved_texts(serving, "choices-moved", NUM_TOKENS, sampling, num_hops=2)
+    assert num_committed == 4
     assert moved == alone
 
 
@@ -134,7 +99,7 @@ async def test_a_drain_under_load_moves_the_streams_and_none_of_them_notices(ser
     alone = await text_of(serving, "before-drain", 300)
     reading = [asyncio.create_task(text_of(serving, f"drain-{n}", 300)) for n in range(6)]
     for number in range(6):
-        await owner_of(serving, f"drain-{number}")
+        await owners_of(serving, f"drain-{number}")
     done = await asyncio.to_thread(serving.command, "drain", "instance-0", "--deadline", "10")
     assert done.status == 0 and "instance-0 is empty" in done.out, done
     assert await asyncio.gather(*reading) == [alone] * 6

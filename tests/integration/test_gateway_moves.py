@@ -101,7 +101,9 @@ async def test_other_tokens_would_be_noticed(front: Front) -> None:
 
 
 async def test_many_streams_that_move_all_the_time_are_exact(front: Front) -> None:
-    streams = await asyncio.gather(*[front.stream(400, seed=seed) for seed in range(8)])
+    # Token 0 is the model's end of text, which the text of an answer leaves out.
+    seeds = [seed for seed in range(20) if 0 not in expected_output(FakeRequest(PROMPT, 440, seed))][:8]
+    streams = await asyncio.gather(*[front.stream(440, seed=seed) for seed in seeds])
     reading = [asyncio.create_task(text_of(stream)) for stream in streams]
     await eventually(lambda: front.request_ids() and front.has_first_tokens())
     outcomes: list[str] = []
@@ -110,8 +112,8 @@ async def test_many_streams_that_move_all_the_time_are_exact(front: Front) -> No
             if request_id in front.router.relay:
                 outcomes.append(await front.move(request_id))
     texts = await asyncio.gather(*reading)
-    assert texts == [" " + words(*expected_output(FakeRequest(PROMPT, 400, seed))) for seed in range(8)]
-    assert outcomes.count("committed") >= 3  # how many is a matter of speed
+    assert texts == [" " + words(*expected_output(FakeRequest(PROMPT, 440, seed))) for seed in seeds]
+    assert outcomes.count("committed") >= 8
     assert set(outcomes) <= {"committed", "finished_at_source"}
     await front.fleet.check_rest()
 

@@ -18,7 +18,7 @@ from instance.errors import StartError
 from instance.messages import OutputEntry
 from instance.vllm import compat
 from instance.vllm.codec import CodecError, decode_output, decode_request, encode_output, encode_request
-from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv
+from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv, with_memory_share
 from instance.vllm.host import VllmEngine
 from instance.vllm.scheduler import FerryMixin, why_unmovable
 from migration.types import RequestId
@@ -253,6 +253,15 @@ def test_our_defaults_give_way_to_the_users_flags() -> None:
     )
     assert theirs.scheduler_config.max_num_batched_tokens == 128
     assert theirs.model_config.enforce_eager is False
+
+
+@pytest.mark.parametrize("said", ["--gpu-memory-utilization", "--kv-cache-memory-bytes=1G", "--kv_cache_memory_bytes"])
+def test_instances_share_a_cpu_machines_memory_unless_the_user_says_how_much(said: str) -> None:
+    argv = (str(tiny_model_path()), "--max-model-len", "512")
+    shared = parse_serve_argv(with_memory_share(argv, 4))
+    assert shared.gpu_memory_utilization == pytest.approx(0.15)
+    assert with_memory_share((*argv, "--tensor-parallel-size", "2"), 4)[-1] == "0.0750"
+    assert with_memory_share((*argv, said, "0.5"), 4) == (*argv, said, "0.5")
 
 
 # ---- the codec

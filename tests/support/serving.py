@@ -55,13 +55,17 @@ def kvferry(*arguments: str, timeout_s: float = 60.0, environment: dict[str, str
 class Serving:
     """A running `kvferry serve` with its ports."""
 
-    def __init__(self, *arguments: str, num_gateways: int) -> None:
+    def __init__(self, *arguments: str, num_gateways: int, environment: dict[str, str] | None = None) -> None:
         self.port, self.admin_port = free_port(), free_port()
         self.admin = f"127.0.0.1:{self.admin_port}"
         self.lines: list[str] = []
         ports = ("--port", str(self.port), "--admin-port", str(self.admin_port), "--gateways", str(num_gateways))
         self.process = subprocess.Popen(
-            [*KVFERRY, "serve", *arguments, *ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+            [*KVFERRY, "serve", *arguments, *ports],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            env={**os.environ, **(environment or {})},
         )
 
     @property
