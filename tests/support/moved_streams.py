@@ -80,5 +80,5 @@ async def moved_texts(
             assert done.status == 0, done
             num_committed += "committed" in done.out
         # The next hop starts from where the orchestrator knows them to be.
-        await owners_of(serving, request_id, lambda seen, wanted=owners: seen == wanted)
+        await owners_of(serving, request_id, owners.__eq__)
     return await reading, num_committed
