@@ -48,14 +48,15 @@ check: setup ## ruff, mypy --strict, import contracts, fast tests, generated fil
 test-all: setup ## every test that needs no GPU, the long ones too
 	$(PYTEST) -n 2 -m "$(FAST_MARKS)" $(FAST_TESTS)
 	$(PYTEST) -m "(engine or integration or e2e or long) and not gpu" tests || [ $$? -eq 5 ]
+	$(PYTHON) -m bench.exactness --quick
 
 golden: setup ## write the golden traces anew; review them as a diff
 	@[ -d tests/golden ] || { echo "golden: there is no tests/golden yet" >&2; exit 2; }
 	$(PYTEST) tests/golden --rewrite-golden
 
-exhaustive: setup ## explore the joint states of the migration protocol
+exhaustive: setup ## explore the joint states of the migration protocol (minutes); its last line has the figures
 	@[ -d tests/exhaustive ] || { echo "exhaustive: there is no tests/exhaustive yet" >&2; exit 2; }
-	$(PYTEST) tests/exhaustive
+	$(PYTEST) -n 2 --dist worksteal --show-traces tests/exhaustive
 
 proto: setup ## generate the Python code of proto/ into orchestrator/admin/pb
 	$(PYTHON) -m tools.proto
@@ -75,8 +76,9 @@ test-gpu: setup ## the tests that need a CUDA device (they skip, saying why, whe
 sim: ## the simulator (not there yet)
 	@echo "sim: the simulator comes with a later issue; there is nothing to run yet." >&2; exit 2
 
-compat: ## the suite against other vLLM versions (not there yet)
-	@echo "compat: the compatibility suite comes with a later issue; there is nothing to run yet." >&2; exit 2
+compat: setup ## what breaks with another vLLM: make compat VLLM=0.31.0 (ARGS=--names-only starts no engine)
+	@if [ -z "$(VLLM)" ]; then echo "compat: name a version: make compat VLLM=0.31.0" >&2; exit 2; fi
+	@$(PYTHON) -m tools.compat $(VLLM) $(ARGS)
 
 clean: ## remove what was built, cached or written; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out bench-out

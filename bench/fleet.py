@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from instance.mailbox import Mailbox
-from instance.messages import Abort, Frame, Submit, SubmitAnswer
+from instance.messages import Abort, Frame, OutputEntry, Submit, SubmitAnswer
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
 from instance.standalone import Order, Reply, StartFailed, Verb
 from instance.vllm.codec import encode_request
 from migration.types import Epoch, Incarnation, InstanceId
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ("instance.standalone",)
 START_TIMEOUT_S = 180.0
 ANSWER_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
@@ -50,7 +52,15 @@ class Stream:
     repeated: int = 0
     """Tokens that came twice."""
     finished: bool = False
+    accepted: bool = False
+    """The instance it was sent to has said so."""
     refusal: str | None = None
+    end: int | None = None
+    """Number of its tokens, known when it has finished."""
+    last: OutputEntry | None = None
+    """The entry that finished it."""
+    extras: dict[int, OutputEntry] = field(default_factory=dict)
+    """By offset: entries that hold more than tokens (logprobs ...)."""
     _early: dict[int, Token] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,17 +72,35 @@ class Stream:
         while (following := self._early.pop(len(self.tokens), None)) is not None:
             self.tokens.append(following)
 
+    def take_entry(self, entry: OutputEntry, frame: Frame) -> None:
+        for index, token_id in enumerate(entry.token_ids):
+            self.take(entry.offset + index, Token(token_id, frame.instance, frame.sent_s))
+        if entry.extra:
+            self.extras.setdefault(entry.offset, entry)
+        if entry.finish_reason is not None:
+            self.finished, self.end, self.last = True, entry.offset + len(entry.token_ids), entry
+        self.changed()
+
+    @property
+    def is_whole(self) -> bool:
+        """It has finished and every token of it is here."""
+        return self.end is not None and len(self.tokens) >= self.end
+
     def changed(self) -> None:
         self._changed.set()
+
+    async def wait(self, is_reached: Callable[[], bool]) -> None:
+        """Return when that is so. Raises FleetError when it was refused."""
+        while not is_reached():
+            if self.refusal is not None:
+                raise FleetError(f"{self.request_id} was refused: {self.refusal}")
+            self._changed.clear()
+            await self._changed.wait()
 
     async def wait_tokens(self, num_tokens: int) -> None:
         """Return when so many are there or it has finished. Raises FleetError when it was refused, or stands still."""
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            while len(self.tokens) < num_tokens and not self.finished:
-                if self.refusal is not None:
-                    raise FleetError(f"{self.request_id} was refused: {self.refusal}")
-                self._changed.clear()
-                await self._changed.wait()
+            await self.wait(lambda: len(self.tokens) >= num_tokens or self.finished)
 
 
 class Instance:
@@ -87,18 +115,22 @@ class Instance:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, spec: InstanceSpec) -> Instance:
-        """Raises FleetError with the instance's own words."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "instance.standalone",
-            msgspec.json.encode(spec).decode(),
-            cwd=ROOT,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=1 << 24,
-        )
+    async def start(cls, spec: InstanceSpec, program: Sequence[str] = PROGRAM, log: Path | None = None) -> Instance:
+        """`log`: where its stderr goes instead of ours. Raises FleetError with the instance's own words."""
+        with ExitStack() as stack:
+            stderr = None if log is None else stack.enter_context(log.open("wb"))
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                *program,
+                msgspec.json.encode(spec).decode(),
+                cwd=ROOT,
+                start_new_session=True,  # Ctrl-C is for the bench, which then stops its instances
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr,
+                limit=1 << 24,
+            )
         assert process.stdout is not None
         async with asyncio.timeout(START_TIMEOUT_S):
             line = await process.stdout.readline()
@@ -161,12 +193,35 @@ class Fleet:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, names: Sequence[str], engine_argv: Sequence[str]) -> AsyncIterator[Fleet]:
-        """Start all at once; stop all at the end, whatever happens. Raises FleetError when one does not start."""
-        specs = [InstanceSpec(instance=name, epoch=1, engine_argv=tuple(engine_argv), token="bench") for name in names]
-        results = await asyncio.gather(*(Instance.start(spec) for spec in specs), return_exceptions=True)
+    async def running(
+        cls,
+        names: Sequence[str],
+        engine_argv: Sequence[str],
+        program: Sequence[str] = PROGRAM,
+        max_migrations: int = 2,
+        logs: Path | None = None,
+    ) -> AsyncIterator[Fleet]:
+        """Start all at once; stop all at the end, whatever happens. Raises FleetError when one does not start.
+
+        `program`: a module that does what `instance.standalone` does, and its first arguments. `max_migrations`: at
+        once, out of and into each instance. `logs`: the folder of what they print, instead of our stderr.
+        """
+        token = secrets.token_hex(16)
+        specs = [
+            InstanceSpec(
+                instance=name,
+                epoch=1,
+                engine_argv=tuple(engine_argv),
+                token=token,
+                max_migrations_out=max_migrations,
+                max_migrations_in=max_migrations,
+            )
+            for name in names
+        ]
+        starts = (Instance.start(spec, program, logs and logs / f"{spec.instance}.log") for spec in specs)
+        results = await asyncio.gather(*starts, return_exceptions=True)
         instances = [result for result in results if isinstance(result, Instance)]
-        mailbox = Mailbox()
+        mailbox = Mailbox(token)
         await mailbox.open()
         fleet = cls(instances, mailbox)
         try:
@@ -192,17 +247,23 @@ class Fleet:
             cache_salt=None,
             data_parallel_rank=None,
         )
-        stream = self._streams[request_id] = Stream(request_id)
+        return self.send(instance, request)
+
+    def send(self, instance: str, request: EngineCoreRequest) -> Stream:
+        """Send a request of token ids as it is. Its id must be new."""
+        params = request.sampling_params
+        assert params is not None and request.prompt_token_ids is not None
+        stream = self._streams[request.request_id] = Stream(request.request_id)
         incarnation = self.instances[instance].incarnation
         submit = Submit(
-            request_id=request_id,
-            external_id=request_id,
+            request_id=request.request_id,
+            external_id=request.external_req_id or request.request_id,
             gateway_address=self._mailbox.address,
             epoch=incarnation.epoch,
             sequence=next(self._sequences[instance]),
-            priority=0,
-            num_prompt_tokens=len(prompt),
-            max_tokens=max_tokens,
+            priority=request.priority,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=params.max_tokens or 0,
             payload=encode_request(request),
         )
         self._mailbox.send(incarnation.address, submit)
@@ -226,6 +287,11 @@ class Fleet:
         for request_id in ids:
             self._streams.pop(request_id, None)
 
+    def forget(self, *streams: Stream) -> None:
+        """What still comes for these is dropped."""
+        for stream in streams:
+            self._streams.pop(stream.request_id, None)
+
     async def close(self) -> None:
         await asyncio.gather(*(instance.stop() for instance in self.instances.values()))
         self._receiver.cancel()
@@ -237,10 +303,10 @@ class Fleet:
             match message:
                 case Frame():
                     self._take_frame(message)
-                case SubmitAnswer(refusal=str()):
+                case SubmitAnswer():
                     stream = self._streams.get(message.request_id)
                     if stream is not None:
-                        stream.refusal = message.refusal
+                        stream.refusal, stream.accepted = message.refusal, message.refusal is None
                         stream.changed()
                 case _:
                     pass
@@ -250,7 +316,4 @@ class Fleet:
             stream = self._streams.get(entry.request_id)
             if stream is None:
                 continue
-            for index, token_id in enumerate(entry.token_ids):
-                stream.take(entry.offset + index, Token(token_id, frame.instance, frame.sent_s))
-            stream.finished = stream.finished or entry.finish_reason is not None
-            stream.changed()
+            stream.take_entry(entry, frame)

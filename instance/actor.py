@@ -43,6 +43,10 @@ class InstanceActor:
         destination = msgspec.json.decode(destination_json, type=Incarnation)
         return msgspec.json.encode(await self._service.migrate(request_id, destination, mode))
 
+    async def cancel_migration(self, request_id: str, reason: str) -> bool:
+        """False: no migration of this request leaves here."""
+        return self._service.cancel_migration(request_id, reason)
+
     async def drain(self) -> None:
         self._service.drain()
 

@@ -119,6 +119,10 @@ class Agent:
     async def migrate(self, request_id: str, destination: Incarnation, params: MigrationParams) -> MigrationSummary:
         return await self._outgoing.migrate(RequestId(request_id), destination, params)
 
+    def cancel_migration(self, request_id: str, reason: str) -> bool:
+        """False: no migration of this request leaves here. See `Outgoing.cancel`."""
+        return self._outgoing.cancel(RequestId(request_id), reason)
+
     def drain(self) -> None:
         """Take no new request and no migration in; what runs goes on until it is moved or done."""
         self._become(State.DRAINING)

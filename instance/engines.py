@@ -11,6 +11,7 @@ from instance.engine import Engine
 from instance.errors import StartError
 from instance.fake import FakeEngine
 from instance.fake_scheduler import FakeConfig
+from instance.seal import carrier_token
 from instance.spec import EngineKind, InstanceSpec
 from migration.transports import CarrierParams, KVStore, RankMover, open_receiver, open_sender
 
@@ -43,7 +44,8 @@ def _make_vllm(spec: InstanceSpec) -> Engine:
         argv = with_memory_share(spec.engine_argv, spec.num_sharing)
     except FlagError as error:
         raise StartError(str(error)) from error
-    engine: Engine = VllmEngine.from_argv(argv, carriers=spec.carriers, host=spec.host, token=spec.token)
+    token = carrier_token(spec.token)
+    engine: Engine = VllmEngine.from_argv(argv, carriers=spec.carriers, host=spec.host, token=token)
     return engine
 
 
@@ -81,7 +83,7 @@ def _choose_fake(spec: InstanceSpec) -> EngineChoice:
 def _socket_mover(store: KVStore, spec: InstanceSpec) -> RankMover:
     if not spec.carriers:
         raise StartError("no carrier is offered: name at least one of shm, tcp")
-    token, params = spec.token.encode(), CarrierParams()
+    token, params = carrier_token(spec.token).encode(), CarrierParams()
     try:
         receiver = open_receiver(store, f"{spec.carriers[0]}://{spec.host}", token, params)
     except (ValueError, OSError) as error:

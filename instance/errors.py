@@ -17,3 +17,7 @@ class EngineFailed(InstanceError):
 
 class MalformedFleetMessage(InstanceError):
     """Bytes from an inbox are no fleet message of this version."""
+
+
+class StrangerMessage(InstanceError):
+    """Bytes from an inbox whose MAC is missing or wrong: not from a member of this fleet, or not for this inbox."""

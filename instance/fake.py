@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from instance.fake_blocks import FakeStore, block_hashes, num_blocks_for
-from instance.fake_model import VOCABULARY, FakeMove, FakeRequest, FakeState, decode_fake, first_generator
+from instance.fake_model import FakeMove, FakeRequest, FakeState, decode_fake, fake_compatibility, first_generator
 from instance.fake_scheduler import FakeConfig, FakeScheduler, Sequence
 from instance.types import (
     CommittedRequest,
@@ -26,6 +26,7 @@ from instance.types import (
     StepResult,
     Submission,
 )
+from instance.vllm.handshake import encode, why_refused
 from migration.ports import BlockMover
 from migration.transports import KVStore, RankMover
 from migration.types import (
@@ -77,17 +78,17 @@ class FakeEngine:
 
     @property
     def facts(self) -> EngineFacts:
-        config = self._config
+        config, own = self._config, fake_compatibility(self._config.block_size)
         return EngineFacts(
-            model="fake",
-            kv_fingerprint=f"fake/{VOCABULARY}/{config.block_size}",
+            model=own.model,
+            kv_fingerprint=encode(own),
             block_size=config.block_size,
             total_blocks=config.num_blocks,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            tensor_parallel_size=1,
-            engine_version="fake-1",
+            tensor_parallel_size=own.tensor_parallel_size,
+            engine_version=own.engine_version,
             migration_refused_because=None,
         )
 
@@ -356,8 +357,8 @@ class FakeEngine:
         return None
 
     def _cannot_take(self, description: Description, move: FakeMove) -> str | None:
-        if description.kv_fingerprint != self.facts.kv_fingerprint:
-            return "its KV memory is of another kind"
+        if reason := why_refused(description.kv_fingerprint, self.facts.kv_fingerprint):
+            return reason
         if description.request_id in self._scheduler.sequences:
             return "the request is here already"
         if any(r.request_id == description.request_id for r in self._reservations.values()):

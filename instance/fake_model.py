@@ -13,6 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from instance.vllm.handshake import Compatibility
+
+FAKE_VERSION = "fake-1"
 VOCABULARY = 32_000
 WORD_BYTES = 8
 FINISH_STOP = 0
@@ -66,6 +69,23 @@ def decode_fake(data: bytes, kind: type[Payload]) -> Payload | None:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def fake_compatibility(block_size: int) -> Compatibility:
+    """What two fake engines must have in common: the arithmetic, and the size of a block."""
+    return Compatibility(
+        engine_version=FAKE_VERSION,
+        model="fake",
+        weights=f"vocabulary {VOCABULARY}",
+        model_config="",
+        dtype="uint64",
+        quantization="",
+        kv_dtype="uint64",
+        kv_layout=f"{WORD_BYTES} bytes a token",
+        block_size=block_size,
+        tensor_parallel_size=1,
+        model_runner="fake",
+    )
 
 
 def mix(value: int) -> int:

@@ -1,10 +1,12 @@
 """How do the fleet's processes reach each other? One inbox a process: ZeroMQ PULL; everybody else pushes to it.
 
-One byte of version, then msgspec msgpack. Sending never waits: a peer whose queue is full loses the message, counted.
+A frame: one byte of version, a MAC with the fleet's token (`seal.py`), then msgspec msgpack, which is not looked at
+unless the MAC is right. Sending never waits: a peer whose queue is full loses the message, counted.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -12,10 +14,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from instance.errors import MalformedFleetMessage
+from instance.errors import MalformedFleetMessage, StrangerMessage
 from instance.messages import MAX_MESSAGE_BYTES, FleetMessage
+from instance.seal import MAC_BYTES, Seal
 
-WIRE_VERSION = 1
+_LOG = logging.getLogger(__name__)
+
+WIRE_VERSION = 2
 PEER_QUEUE_MESSAGES = 4096
 INBOX_QUEUE_MESSAGES = 65_536
 MAX_PEERS = 1024
@@ -26,18 +31,25 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[FleetMessage] = msgspec.msgpack.Decoder(FleetMessage)
 
 
-def encode(message: FleetMessage) -> bytes:
-    return _VERSION_BYTE + _ENCODER.encode(message)
+def encode(message: FleetMessage, seal: Seal, address: str) -> bytes:
+    """A frame for the inbox at `address`, and for no other."""
+    body = _ENCODER.encode(message)
+    return b"".join((_VERSION_BYTE, seal.mac(address, body), body))
 
 
-def decode(data: bytes) -> FleetMessage:
-    """Raises MalformedFleetMessage for anything but one whole message of this version."""
+def decode(data: bytes, seal: Seal, address: str) -> FleetMessage:
+    """`address`: of the inbox it came to. Raises StrangerMessage when the MAC is missing or wrong,
+    MalformedFleetMessage for anything else but one whole message of this version."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise MalformedFleetMessage(f"{len(data)} bytes are more than {MAX_MESSAGE_BYTES}")
     if data[:1] != _VERSION_BYTE:
         raise MalformedFleetMessage(f"wire version {data[:1]!r} is not {WIRE_VERSION}")
+    frame = memoryview(data)
+    mac, body = frame[1 : 1 + MAC_BYTES], frame[1 + MAC_BYTES :]
+    if not seal.is_genuine(mac, address, body):
+        raise StrangerMessage(f"{len(data)} bytes without this fleet's MAC for this inbox")
     try:
-        return _DECODER.decode(memoryview(data)[1:])
+        return _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedFleetMessage(str(error)) from error
 
@@ -46,6 +58,8 @@ def decode(data: bytes) -> FleetMessage:
 class MailboxCounts:
     received: int = 0
     malformed: int = 0
+    strangers: int = 0
+    """Frames whose MAC is missing or wrong. None of them was looked into."""
     sent: int = 0
     dropped: int = 0
     """Not sent: the peer's queue was full, its address is none, or the mailbox is closed."""
@@ -54,8 +68,11 @@ class MailboxCounts:
 class Mailbox:
     """The inbox of this process and its way to the inboxes of others. Belongs to one asyncio loop."""
 
-    def __init__(self, peer_queue_messages: int = PEER_QUEUE_MESSAGES) -> None:
+    def __init__(self, token: str, peer_queue_messages: int = PEER_QUEUE_MESSAGES) -> None:
+        """`token`: the fleet's shared secret; frames made with another one are dropped. Raises ValueError when it is
+        empty."""
         self.counts = MailboxCounts()
+        self._seal = Seal(token)
         self._peer_queue_messages = peer_queue_messages
         self._context: zmq.asyncio.Context | None = None
         self._inbox: zmq.asyncio.Socket | None = None
@@ -84,13 +101,18 @@ class Mailbox:
         self._address = f"tcp://{host}:{port}"
 
     async def receive(self) -> FleetMessage:
-        """The next well-formed message; malformed ones are counted and passed over."""
+        """The next well-formed message of a member; others are counted and passed over."""
         if self._inbox is None:
             raise RuntimeError("the mailbox is not open")
         while True:
             data = await self._inbox.recv()
             try:
-                message = decode(data)
+                message = decode(data, self._seal, self._address)
+            except StrangerMessage as error:
+                if not self.counts.strangers:
+                    _LOG.warning("dropped %s; further ones are only counted", error)
+                self.counts.strangers += 1
+                continue
             except MalformedFleetMessage:
                 self.counts.malformed += 1
                 continue
@@ -104,7 +126,7 @@ class Mailbox:
             self.counts.dropped += 1
             return False
         try:
-            peer.send(encode(message), flags=zmq.NOBLOCK)
+            peer.send(encode(message, self._seal, address), flags=zmq.NOBLOCK)
         except zmq.Again:
             self.counts.dropped += 1
             return False

@@ -7,6 +7,8 @@ Migration messages ride in `MigrationEnvelope`, encoded by `migration.wire`.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -53,7 +55,7 @@ class Subscribe(msgspec.Struct, frozen=True, tag=True):
     """Gateway or orchestrator -> instance: send me your load reports until the lease runs out. Repeated to renew."""
 
     address: str
-    lease_s: float
+    lease_s: Annotated[float, msgspec.Meta(ge=0.0)]
     with_requests: bool = False
     """True: also send `RequestReport`s."""
 

@@ -280,6 +280,14 @@ class Outgoing:
             if peer.instance == lost.instance and peer.epoch <= lost.epoch:
                 leaving.driver.peer_lost()
 
+    def cancel(self, request_id: RequestId, reason: str) -> bool:
+        """Give up the migration of this request; False when none is under way. Its `migrate` call returns what came of
+        it: a migration whose `Commit` was sent goes on."""
+        leaving = [leaving for leaving in self._drivers.values() if leaving.migration.request_id == request_id]
+        for one in leaving:
+            one.driver.cancel(reason)
+        return bool(leaving)
+
     def cancel_all(self, reason: str) -> None:
         """Give up those whose `Commit` has not been sent."""
         for leaving in tuple(self._drivers.values()):

@@ -43,9 +43,11 @@ class InstanceService:
         begun_s = time.monotonic()
         apply_environment(spec)
         choice = self._choose(spec)
-        mailbox = Mailbox()
         try:
+            mailbox = Mailbox(spec.token)
             await mailbox.open(spec.host)
+        except ValueError as error:
+            raise StartError(str(error)) from error
         except zmq.ZMQError as error:
             raise StartError(f"the inbox cannot listen on {spec.host}: {error}") from error
         loop = EngineLoop(choice.make, self._on_step, self._fail, choice.min_step_s)
@@ -95,6 +97,10 @@ class InstanceService:
     async def migrate(self, request_id: str, destination: Incarnation, mode: str = "live") -> MigrationSummary:
         """Move a request; returns when that is over, whatever its outcome. Raises ValueError for an unknown mode."""
         return await self.agent.migrate(request_id, destination, params_for(mode))
+
+    def cancel_migration(self, request_id: str, reason: str) -> bool:
+        """Give up a migration that leaves here, unless its commit was sent; False when there is none."""
+        return self.agent.cancel_migration(request_id, reason)
 
     def drain(self) -> None:
         self.agent.drain()

@@ -25,7 +25,7 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     carriers: tuple[str, ...] = ("shm", "tcp")
     """Kinds of carrier offered, best first; shm only ever serves peers on the same host."""
     token: str = ""
-    """Shared secret of the fleet's data plane; never logged."""
+    """Shared secret of the fleet, never empty: it authenticates inboxes and carriers. Never logged."""
     num_sharing: int = 1
     """Instances that share a machine's memory where there is no GPU, this one included."""
     max_waiting: int = 1024

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from instance.engine import Engine
 from instance.errors import EngineFailed, InstanceError, StartError
 from instance.service import InstanceService
 from instance.spec import InstanceSpec, MigrationSummary
@@ -34,6 +35,7 @@ class Verb(Enum):
     MEMBER_LOST = "member_lost"
     STEP_TIMES = "step_times"
     CHECK_INTEGRITY = "check_integrity"
+    CENSUS = "census"
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,12 +50,23 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int = 0
 
 
+class Census(msgspec.Struct, frozen=True):
+    """What is in the engine between two steps."""
+
+    total_blocks: int
+    free_blocks: int
+    reserved_blocks: int
+    requests: dict[str, tuple[str, int]]
+    """By request id: running | waiting | preempted | migrating_out, and the KV blocks it holds."""
+
+
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     number: int
     error: str = ""
     summary: MigrationSummary | None = None
     step_times: tuple[tuple[float, float, int, int], ...] = ()
     """(start_s, end_s, scheduled tokens, decoding requests) on time.monotonic()."""
+    census: Census | None = None
 
 
 class StartFailed(msgspec.Struct, frozen=True):
@@ -114,7 +127,19 @@ class Standalone:
             case Verb.CHECK_INTEGRITY:
                 service.agent.check_integrity()
                 await service.loop.call(lambda engine: engine.check_integrity())
+            case Verb.CENSUS:
+                return Reply(number=order.number, census=await service.loop.call(census_of))
         return Reply(number=order.number)
+
+
+def census_of(engine: Engine) -> Census:
+    load = engine.load()
+    return Census(
+        total_blocks=engine.facts.total_blocks,
+        free_blocks=load.free_blocks,
+        reserved_blocks=load.reserved_blocks,
+        requests={view.request_id: (view.status.value, view.num_blocks) for view in engine.requests()},
+    )
 
 
 async def run(spec: InstanceSpec, out: BinaryIO) -> int:

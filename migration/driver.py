@@ -150,23 +150,23 @@ class SourceDriver:
             case ef.ClearTimer(timer):
                 self._alarms.clear(timer)
             case ef.Send():
-                self._finish(self._answer(self._send(effect), ev.SendFailed))
+                self._finish(self._answer(lambda: self._send(effect), ev.SendFailed))
             case ef.CopyBlocks():
-                self._copying = self._spawn(self._answer(self._copy(effect), ev.CopyBroken))
+                self._copying = self._spawn(self._answer(lambda: self._copy(effect), ev.CopyBroken))
             case ef.ForgetCopy():
                 if self._copying is not None:
                     self._copying.cancel()
                 self._finish(self._forget())
             case ef.DescribeRequest():
-                self._visit(self._describe())
+                self._visit(self._describe)
             case ef.ReadProgress():
-                self._visit(self._read_progress())
+                self._visit(self._read_progress)
             case ef.StopRequest(without_kv):
-                self._visit(self._stop(without_kv))
+                self._visit(lambda: self._stop(without_kv))
             case ef.ResumeRequest():
-                self._visit(self._resume())
+                self._visit(self._resume)
             case ef.ReleaseRequest():
-                self._visit(self._release())
+                self._visit(self._release)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         assert self._tasks is not None
@@ -180,15 +180,18 @@ class SourceDriver:
         self._to_finish.add(task)
         task.add_done_callback(self._to_finish.discard)
 
-    def _visit(self, visit: Coroutine[None, None, SourceEvent]) -> None:
+    def _visit(self, visit: Callable[[], Coroutine[None, None, SourceEvent]]) -> None:
         self._spawn(self._answer(visit, ev.EngineFailed))
 
     async def _answer(
-        self, work: Coroutine[None, None, SourceEvent | None], failed: Callable[[str], SourceEvent]
+        self, work: Callable[[], Coroutine[None, None, SourceEvent | None]], failed: Callable[[str], SourceEvent]
     ) -> None:
-        """Apply what came of it; whatever a port raises is a failure of this migration and of nothing else."""
+        """Apply what came of it; whatever a port raises is a failure of this migration and of nothing else.
+
+        `work` is called in here: a task that is cancelled before its first step leaves no coroutine unawaited.
+        """
         try:
-            event = await work
+            event = await work()
         except (EngineFault, CopyFailed, ChannelClosed) as error:
             event = failed(str(error))
         except Exception as error:  # noqa: BLE001 - a raise would end the group, and the request stay stopped

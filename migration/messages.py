@@ -5,11 +5,21 @@ Values only. `migration_id` routes a message to its machine; `request_id` names 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+MAX_COUNT = 2**31 - 1
+MAX_ID_CHARS = 256
+"""Ids are remembered and logged."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+"""Of tokens, blocks or preemptions. What a peer gone mad says is malformed here, before it is reckoned with."""
+Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
+"""Neither negative nor NaN, which no timer takes."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    migration_id: str
+    migration_id: Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 
 
 class Reserve(_Message, frozen=True, tag=True):
@@ -22,19 +32,19 @@ class Reserve(_Message, frozen=True, tag=True):
     destination_epoch: int
     """The epoch the source believes the destination has; another one refuses."""
     payload: bytes
-    settled_tokens: int
+    settled_tokens: Count
     kv_fingerprint: str
-    block_size: int
-    num_preemptions: int
-    lease_s: float
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
+    num_preemptions: Count
+    lease_s: Seconds
     """The reservation ends by itself this long after the last message of the source."""
 
 
 class Reserved(_Message, frozen=True, tag=True):
     """Destination -> source: blocks are held; push to these endpoints (one a rank)."""
 
-    num_cached_tokens: int
-    num_blocks: int
+    num_cached_tokens: Count
+    num_blocks: Count
     endpoints: tuple[str, ...]
 
 
@@ -47,13 +57,13 @@ class Refused(_Message, frozen=True, tag=True):
 class Grow(_Message, frozen=True, tag=True):
     """Source -> destination: hold blocks for this many tokens."""
 
-    num_tokens: int
+    num_tokens: Count
 
 
 class Grown(_Message, frozen=True, tag=True):
     """Destination -> source: so many blocks are held now."""
 
-    num_blocks: int
+    num_blocks: Count
 
 
 class Prepare(_Message, frozen=True, tag=True):

@@ -85,9 +85,8 @@ class Description:
     """The engine's own encoding of the request (opaque here)."""
     settled_tokens: int
     kv_fingerprint: str
-    """Digest of model, dtype, KV layout, block size, engine version and parallel degree; must be equal on both
-    sides.
-    """
+    """What the source's engine says of itself (opaque here): the destination's engine compares it with what it is
+    itself, and refuses with what differs."""
     block_size: int
     num_preemptions: int
 

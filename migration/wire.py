@@ -37,5 +37,5 @@ def decode(data: bytes | memoryview) -> Message:
         raise MalformedMessage("not a migration message of this version")
     try:
         return _DECODER.decode(memoryview(data)[len(PREFIX) :])
-    except msgspec.DecodeError as error:  # a UnicodeDecodeError is wrapped by msgspec too
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec lets the latter through as it is
         raise MalformedMessage(str(error)) from error

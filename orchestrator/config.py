@@ -54,6 +54,8 @@ class ServeConfig:
     start_timeout_s: float = 300.0
     journal: str = ""
     log_level: str = "INFO"
+    token: str = dataclasses.field(default="", repr=False)
+    """The fleet's shared secret (KVFERRY_TOKEN; no flag: others can read a command line). Empty: made for the run."""
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "name a model: its folder, or its name on the hub")

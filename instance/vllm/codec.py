@@ -12,7 +12,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from instance.messages import OutputEntry
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 PREFILL_FIELDS = (
     "num_prompt_tokens",
@@ -34,6 +34,15 @@ class CodecError(ValueError):
     """These bytes cannot be read, or this value cannot be written without pickle."""
 
 
+class Adapter(msgspec.Struct, frozen=True, array_like=True):
+    """Which LoRA adapter, exactly."""
+
+    name: str
+    path: str
+    digest: str
+    """Of its files, and of the type they are computed in."""
+
+
 class DescribedRequest(msgspec.Struct, frozen=True, array_like=True):
     """What `Description.payload` holds."""
 
@@ -43,6 +52,7 @@ class DescribedRequest(msgspec.Struct, frozen=True, array_like=True):
     """`encode_request` of the request as it was submitted."""
     output_token_ids: list[int]
     priority: int
+    adapter: Adapter | None
 
 
 class RequestState(msgspec.Struct, frozen=True, array_like=True):
@@ -104,10 +114,14 @@ def decode_output(entry: OutputEntry) -> EngineCoreOutput:
     """Raises `CodecError`."""
     if entry.extra:
         return _decode(entry.extra[0], EngineCoreOutput)
+    try:
+        finish = None if entry.finish_reason is None else FinishReason(entry.finish_reason)
+    except ValueError as error:
+        raise CodecError(str(error)) from error
     return EngineCoreOutput(
         request_id=entry.request_id,
         new_token_ids=list(entry.token_ids),
-        finish_reason=None if entry.finish_reason is None else FinishReason(entry.finish_reason),
+        finish_reason=finish,
         stop_reason=entry.stop_reason,
     )
 
@@ -149,7 +163,7 @@ def why_malformed(state: RequestState, device_type: str) -> str | None:
 def _of_this_version(payload: bytes, kind: type[VersionedT]) -> VersionedT:
     try:
         value = msgspec.msgpack.decode(payload, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CodecError(f"no {kind.__name__}: {error}") from error
     if value.version != STATE_VERSION:
         raise CodecError(f"{kind.__name__} of version {value.version}, not {STATE_VERSION}")

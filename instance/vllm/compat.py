@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ _NEEDED = (
     _Needed(
         "vllm.v1.core.kv_cache_manager",
         "KVCacheManager",
-        ("get_computed_blocks", "truncate_computed_blocks", "get_block_ids", "free", "reset_prefix_cache"),
+        ("prefix_cache_lookup_enabled", "create_kv_cache_blocks", "get_block_ids", "free", "reset_prefix_cache"),
         (
             (
                 "allocate_slots",
@@ -67,7 +68,19 @@ _NEEDED = (
             ("cache_blocks", ("request", "num_computed_tokens")),
         ),
     ),
+    _Needed(
+        "vllm.v1.core.kv_cache_coordinator",
+        "KVCacheCoordinator",
+        (),
+        (
+            ("find_longest_cache_hit", ("block_hashes", "max_cache_hit_length")),
+            ("remove_skipped_blocks", ("request_id", "processed_computed_tokens")),
+        ),
+    ),
     _Needed("vllm.v1.core.block_pool", "BlockPool", ("get_new_blocks", "free_blocks", "get_num_free_blocks")),
+    _Needed("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager"),
+    _Needed("vllm.v1.core.single_type_kv_cache_manager", "SlidingWindowManager"),
+    _Needed("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
     _Needed(
         "vllm.v1.request",
         "Request",
@@ -81,7 +94,15 @@ _NEEDED = (
     _Needed(
         "vllm.v1.engine.core",
         "EngineCore",
-        ("post_step", "collective_rpc", "preprocess_add_request", "add_request", "abort_requests", "shutdown"),
+        (
+            "post_step",
+            "collective_rpc",
+            "preprocess_add_request",
+            "add_request",
+            "abort_requests",
+            "add_lora",
+            "shutdown",
+        ),
         (("__init__", ("vllm_config", "executor_class", "log_stats")),),
     ),
     _Needed(
@@ -103,6 +124,7 @@ _NEEDED = (
                     "block_ids",
                     "num_computed_tokens",
                     "output_token_ids",
+                    "lora_request",
                 ),
             ),
         ),
@@ -134,9 +156,61 @@ _NEEDED_OF_SCHEDULER = (
     "need_mamba_block_aligned_split",
     "structured_output_manager",
     "kv_cache_manager",
+    "lora_config",
     "deferred_frees",
 )
-_NEEDED_OF_COORDINATOR_MANAGER = ("req_to_blocks", "new_block_ids", "block_size", "block_pool")
+_NEEDED_OF_COORDINATOR_MANAGER = (
+    "req_to_blocks",
+    "new_block_ids",
+    "block_size",
+    "block_pool",
+    "max_admission_blocks_per_request",
+)
+_MOVABLE_MANAGERS = ("FullAttentionManager", "SlidingWindowManager")
+"""Kinds of KV-cache groups whose blocks stand by position and never change once full."""
+
+
+# What our modules import besides, and private names that one feature or the front end leans on. A missing one shows
+# when that module is loaded or that feature used; `problems` (make compat) looks at all of them beforehand.
+_NEEDED_ELSEWHERE = (
+    _Needed("vllm", "envs"),
+    _Needed("vllm.engine.arg_utils", "AsyncEngineArgs", ("from_cli_args", "create_engine_config")),
+    _Needed("vllm.entrypoints.launchers.api_server.app_state", "init_app_state"),
+    _Needed("vllm.entrypoints.launchers.app", "build_app"),
+    _Needed("vllm.entrypoints.launchers.cli_args", "make_arg_parser"),
+    _Needed("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args"),
+    _Needed("vllm.entrypoints.launchers.launcher", "NoSignalServer"),
+    _Needed("vllm.entrypoints.launchers.launcher", "validate_api_server_args"),
+    _Needed("vllm.entrypoints.launchers.utils.server_utils", "get_uvicorn_log_config"),
+    _Needed("vllm.exceptions", "GracefulHTTPError"),
+    _Needed("vllm.exceptions", "VLLMError"),
+    _Needed("vllm.exceptions", "VLLMValidationError"),
+    _Needed("vllm.platforms", "current_platform", ("is_cpu",)),
+    _Needed("vllm.reasoning", "ReasoningParserManager"),
+    _Needed("vllm.renderers", "renderer_from_config"),
+    _Needed("vllm.sampling_params", "SamplingParams"),
+    _Needed("vllm.sampling_params", "SamplingType", ("RANDOM_SEED",)),
+    _Needed("vllm.sampling_params", "StructuredOutputsParams", ("_backend",)),
+    _Needed("vllm.tool_parsers", "ToolParserManager"),
+    _Needed("vllm.tracing", "init_tracer"),
+    _Needed("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    _Needed("vllm.v1.engine", "EngineCoreOutput"),
+    _Needed("vllm.v1.engine", "EngineCoreOutputs"),
+    _Needed("vllm.v1.engine", "EngineCoreRequest"),
+    _Needed("vllm.v1.engine", "FinishReason"),
+    _Needed("vllm.v1.engine.async_llm", "AsyncLLM", ("_run_output_handler",)),
+    _Needed("vllm.v1.engine.core_client", "EngineCoreClient"),
+    _Needed("vllm.v1.engine.exceptions", "EngineDeadError"),
+    _Needed("vllm.v1.engine.input_processor", "InputProcessor"),
+    _Needed("vllm.v1.engine.output_processor", "OutputProcessor"),
+    _Needed("vllm.v1.engine.output_processor", "RequestOutputCollector"),
+    _Needed("vllm.v1.engine.parallel_sampling", "ParentRequest"),
+    _Needed("vllm.v1.executor", "Executor", ("get_class",)),
+    _Needed("vllm.v1.metrics.loggers", "StatLoggerManager"),
+    _Needed("vllm.v1.metrics.stats", "PrefillStats"),
+    _Needed("vllm.v1.metrics.stats", "SchedulerStats"),
+    _Needed("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", ("_init_mrope_positions",)),
+)
 
 
 def engine_version() -> str:
@@ -149,10 +223,23 @@ def why_unsupported(version: str | None = None) -> str | None:
     if version.split(".")[:2] != SUPPORTED_VERSION.split("."):
         return f"vLLM {version} is not {SUPPORTED_VERSION}.x, the version whose internals kvferry knows"
     for needed in _NEEDED:
-        missing = _missing(needed)
-        if missing is not None:
+        for missing in _missing(needed):
             return f"vLLM {version} lacks {missing}"
     return None
+
+
+def problems() -> list[str]:
+    """Everything this vLLM lacks of what we use, whatever its version: one line each."""
+    needed = (*_NEEDED, *_NEEDED_ELSEWHERE)
+    return list(dict.fromkeys(missing for one in needed for missing in _missing(one)))
+
+
+def named() -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
+    """All that this module names: what is imported, as (module, name), and attributes of vLLM's objects."""
+    needed = (*_NEEDED, *_NEEDED_ELSEWHERE)
+    attributes = {name for one in needed for name in (*one.attributes, *(method for method, _ in one.parameters))}
+    living = {*_NEEDED_OF_SCHEDULER, *_NEEDED_OF_COORDINATOR_MANAGER}
+    return frozenset((one.module, one.name) for one in needed), frozenset(attributes | living)
 
 
 def why_scheduler_unsupported(scheduler: Any) -> str | None:
@@ -169,11 +256,14 @@ def why_scheduler_unsupported(scheduler: Any) -> str | None:
 
 def why_engine_unmovable(config: Any, scheduler: Any) -> str | None:
     """One line that says why this engine, though of a known version, can move no request at all, or None."""
-    groups = len(scheduler.kv_cache_config.kv_cache_groups)
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+    kinds = sorted({type(group).__name__ for group in groups} - {*_MOVABLE_MANAGERS})
+    sizes = sorted({group.block_size for group in groups})
     facts = (
         (config.model_config.runner_type != "generate", "it runs a pooling model"),
         (config.model_config.is_encoder_decoder, "it runs an encoder-decoder model"),
-        (groups != 1, f"its model has {groups} KV-cache groups (hybrid attention), and kvferry moves one so far"),
+        (bool(kinds), f"its model has KV of a kind that kvferry does not move yet ({', '.join(kinds)})"),
+        (len(sizes) != 1, f"its KV-cache groups have blocks of several sizes ({', '.join(map(str, sizes))})"),
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism is on"),
         (config.parallel_config.decode_context_parallel_size > 1, "decode context parallelism is on"),
         (config.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism is on"),
@@ -183,20 +273,21 @@ def why_engine_unmovable(config: Any, scheduler: Any) -> str | None:
     return next((reason for is_so, reason in facts if is_so), None)
 
 
-def _missing(needed: _Needed) -> str | None:
+def _missing(needed: _Needed) -> Iterator[str]:
     try:
         owner = getattr(importlib.import_module(needed.module), needed.name)
     except (ImportError, AttributeError):
-        return f"{needed.module}.{needed.name}"
+        yield f"{needed.module}.{needed.name}"
+        return
     for attribute in needed.attributes:
         if not hasattr(owner, attribute):
-            return f"{needed.name}.{attribute}"
+            yield f"{needed.name}.{attribute}"
     for method, parameters in needed.parameters:
         function = getattr(owner, method, None)
         if function is None:
-            return f"{needed.name}.{method}"
+            yield f"{needed.name}.{method}"
+            continue
         known = inspect.signature(function).parameters
         for parameter in parameters:
             if parameter not in known:
-                return f"the parameter {parameter} of {needed.name}.{method}"
-    return None
+                yield f"the parameter {parameter} of {needed.name}.{method}"

@@ -19,22 +19,24 @@ from instance.types import (
     StepResult,
     Submission,
 )
+from instance.vllm.arrivals import why_uncommittable
+from instance.vllm.blocks import NoRoom
 from instance.vllm.codec import (
     STATE_VERSION,
     CodecError,
     DescribedRequest,
-    RequestState,
     decode_described,
     decode_request,
     decode_state,
     encode_described,
     encode_output,
     encode_state,
-    why_malformed,
 )
+from instance.vllm.handshake import why_refused
+from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
 from instance.vllm.rank import Rank, RemoteRank
-from instance.vllm.scheduler import NoRoom, Rest, is_seeded, why_unmovable
+from instance.vllm.scheduler import Rest, is_seeded, why_unmovable
 from instance.vllm.start import start_core
 from instance.vllm.views import load_of, view_of
 from migration.types import (
@@ -79,6 +81,7 @@ class VllmEngine:
         self._facts = facts
         self._ranks = ranks
         self._mover = RanksMover(ranks)
+        self._adapters = Adapters(core)
         self._submitted: dict[RequestId, _Submitted] = {}
         self._incoming: dict[MigrationId, _Incoming] = {}
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
@@ -115,7 +118,7 @@ class VllmEngine:
         if core_request.request_id != submission.request_id:
             return EngineRefusal("the payload is of another request", final=True)
         core_request.priority = submission.priority
-        refusal = self._why_unservable(core_request)
+        refusal = self._why_unservable(core_request) or self._adapters.load(core_request.lora_request)
         if refusal is not None:
             return EngineRefusal(refusal, final=True)
         request, wave = self._core.preprocess_add_request(core_request)
@@ -185,8 +188,16 @@ class VllmEngine:
         submitted = self._submitted.get(request_id)
         if reason is not None or submitted is None:
             return Refusal(reason or "its submission is not known")
+        adapter = self._adapters.identity(request.lora_request)
+        if isinstance(adapter, str):
+            return Refusal(adapter)
         described = DescribedRequest(
-            STATE_VERSION, submitted.external_id, submitted.payload, list(request.output_token_ids), request.priority
+            STATE_VERSION,
+            submitted.external_id,
+            submitted.payload,
+            list(request.output_token_ids),
+            request.priority,
+            adapter,
         )
         return Description(
             request_id,
@@ -250,7 +261,9 @@ class VllmEngine:
         except CodecError as error:
             return Refusal(str(error))
         core_request.priority = described.priority
-        if (unservable := self._why_unservable(core_request)) is not None:
+        adapter = core_request.lora_request
+        unservable = self._why_unservable(core_request) or self._adapters.why_another(adapter, described.adapter)
+        if unservable is not None:
             return Refusal(unservable)
         request, _ = self._core.preprocess_add_request(core_request)  # starts compiling its grammar, if it has one
         if described.output_token_ids:
@@ -299,7 +312,7 @@ class VllmEngine:
             exported = decode_state(state)
         except CodecError as error:
             return self._refuse_commit(migration_id, str(error))
-        refusal = self._why_uncommittable(request, exported)
+        refusal = why_uncommittable(self._core, self._facts.block_size, request, exported)
         if refusal is not None:
             return self._refuse_commit(migration_id, refusal)
         request_id = RequestId(request.request_id)
@@ -360,36 +373,16 @@ class VllmEngine:
 
     def _why_not_here(self, migration_id: MigrationId, description: Description) -> str | None:
         request_id = description.request_id
+        incompatible = why_refused(description.kv_fingerprint, self._facts.kv_fingerprint)
         facts = (
             (self._facts.migration_refused_because is not None, str(self._facts.migration_refused_because)),
-            (description.kv_fingerprint != self._facts.kv_fingerprint, "its KV memory is of another kind"),
+            (incompatible is not None, str(incompatible)),
             (description.block_size != self._facts.block_size, "its blocks have another size"),
             (migration_id in self._incoming, "this migration has its reservation already"),
             (request_id in self._scheduler.requests, "the request is here already"),
             (request_id in getattr(self._scheduler, "ferry_in", ()), "the request is on its way here already"),
         )
         return next((reason for is_so, reason in facts if is_so), None)
-
-    def _why_uncommittable(self, request: Request, state: RequestState) -> str | None:
-        """Checks the state against the reservation; replays the grammar, which can only be done once."""
-        known = list(request.output_token_ids)
-        num_tokens = request.num_prompt_tokens + len(state.output_token_ids)
-        if state.output_token_ids[: len(known)] != known:
-            return "its output does not continue the described one"
-        if not 0 <= state.computed_tokens <= num_tokens:
-            return "it has computed more tokens than it has"
-        held = max((len(group) for group in self._scheduler.ferry_block_table(request.request_id)), default=0)
-        if -(-state.computed_tokens // self._facts.block_size) > held:
-            return f"its KV does not fit into the {held} blocks reserved"
-        malformed = why_malformed(state, self._core.vllm_config.device_config.device_type)
-        if malformed is not None or not request.use_structured_output or not state.output_token_ids:
-            return malformed
-        grammar = request.structured_output_request.grammar
-        if grammar is None or isinstance(grammar, Exception):
-            return "its grammar is not compiled"
-        if not self._scheduler.structured_output_manager.accept_tokens(request, list(state.output_token_ids)):
-            return "its grammar does not accept its output"
-        return None
 
     def _refuse_commit(self, migration_id: MigrationId, reason: str) -> Refusal:
         self.cancel(migration_id)

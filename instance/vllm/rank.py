@@ -150,7 +150,7 @@ class RankServer:
     def _answer(self, frame: bytes) -> _Answer:
         try:
             order = msgspec.msgpack.decode(frame, type=_Open | _Close | _Push)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return _Answer(f"no order: {error}")
         if not hmac.compare_digest(order.token.encode(), self._token.encode()):
             return _Answer("wrong token")

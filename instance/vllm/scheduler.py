@@ -7,9 +7,10 @@ instead. It does no I/O, and every method runs between two steps. `compat.py` ch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
@@ -18,9 +19,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
-from instance.vllm.codec import PREFILL_FIELDS, RequestState
-
-T = TypeVar("T")
+from instance.vllm import blocks
+from instance.vllm.blocks import NoRoom
+from instance.vllm.codec import PREFILL_FIELDS, STATE_VERSION, RequestState
 
 V2_MAX_STOP_TOKEN_IDS = 128
 """vLLM's V2 runner dies of a request with min_tokens and more stop token ids than this."""
@@ -39,10 +40,6 @@ class Rest(Enum):
     IN_FLIGHT = "in flight"
     GONE = "gone"
     """It finished meanwhile."""
-
-
-class NoRoom(Exception):
-    """The blocks (or the sequence slot) asked for are not to be had; nothing has changed."""
 
 
 def is_seeded(request: Request) -> bool:
@@ -64,10 +61,14 @@ def why_unmovable(request: Request) -> str | None:
         (bool(request.mm_features), "it has multimodal inputs"),
         (request.prompt_embeds is not None, "its prompt is embeddings"),
         (request.prompt_token_ids is None, "it has no prompt tokens"),
-        (request.lora_request is not None, "it uses a LoRA adapter"),
+        (_is_loaded_anew(request), "its LoRA adapter is loaded anew with every step"),
         (params.prompt_logprobs is not None and is_prefilling, "its prompt logprobs are not complete yet"),
     )
     return next((reason for is_so, reason in facts if is_so), None)
+
+
+def _is_loaded_anew(request: Request) -> bool:
+    return request.lora_request is not None and bool(request.lora_request.load_inplace)
 
 
 class FerryMixin:
@@ -127,13 +128,13 @@ class FerryMixin:
     # ---- admission
     def ferry_why_unservable(self: Any, request: Request) -> str | None:
         """One line that says why this engine could never run this request, or None. Keeps vLLM's fatal faults away."""
-        num_prompt, size = request.num_prompt_tokens, self.block_size
+        num_prompt = request.num_prompt_tokens
         if num_prompt >= self.max_model_len and request.sampling_params is not None:
             return f"the prompt of {num_prompt} tokens leaves no room in a context of {self.max_model_len}"
         longest = min(num_prompt + request.max_tokens, self.max_model_len)
         total_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        if -(-longest // size) > total_blocks:
-            return f"{longest} tokens do not fit into {total_blocks} KV blocks of {size}"
+        if blocks.num_needed(self.kv_cache_manager, longest) > total_blocks:
+            return f"{longest} tokens do not fit into {total_blocks} KV blocks of {self.block_size}"
         params = request.sampling_params
         if params is None:
             return None
@@ -186,7 +187,7 @@ class FerryMixin:
         request = self.ferry_out[request_id]
         stats = request.prefill_stats
         return RequestState(
-            version=1,
+            version=STATE_VERSION,
             output_token_ids=list(request.output_token_ids),
             computed_tokens=0 if without_kv else request.num_computed_tokens,
             has_run=request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED),
@@ -204,7 +205,7 @@ class FerryMixin:
         if request is None or request.is_finished():
             return
         if request.status == RequestStatus.RUNNING:
-            if not self.use_v2_model_runner and len(self.running) < self.max_num_active_reqs:
+            if not self.use_v2_model_runner and self._ferry_fits_into_running(request):
                 self.running.append(request)
                 return
             request.status = RequestStatus.PREEMPTED
@@ -221,54 +222,44 @@ class FerryMixin:
 
         Raises `NoRoom`.
         """
-        num_coming = len(self.running) + len(self.kv_holding_waiting) + len(self.ferry_in)
-        if settled_tokens and num_coming >= self.max_num_active_reqs:
+        coming = [*self.running, *self.kv_holding_waiting, *self.ferry_in.values()]
+        if settled_tokens and len(coming) >= self.max_num_active_reqs:
             raise NoRoom(f"all {self.max_num_active_reqs} sequence slots are taken")
-        hit = self._ferry_allocate(request, settled_tokens, slack_blocks) if settled_tokens else 0
+        if settled_tokens and not self._ferry_has_adapter_slot(request, coming):
+            raise NoRoom(f"all {self.lora_config.max_loras} LoRA adapter slots are taken")
+        hit = 0
+        if settled_tokens:
+            kept_free = self._inflight_prefill_reserved_blocks()
+            hit = blocks.hold(self.kv_cache_manager, request, settled_tokens, kept_free)
+            size = self.block_size
+            longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            with_slack = min((-(-settled_tokens // size) + slack_blocks) * size, longest)
+            with suppress(NoRoom):  # slack saves a visit later, and no more
+                blocks.grow(self.kv_cache_manager, request.request_id, with_slack, kept_free)
         self.ferry_in[request.request_id] = request
         return hit
 
-    def _ferry_allocate(self: Any, request: Request, settled_tokens: int, slack_blocks: int) -> int:
-        manager, size = self.kv_cache_manager, self.block_size
-        blocks, hit, _ = manager.get_computed_blocks(request)
-        hit = min(hit, settled_tokens) // size * size
-        blocks = manager.truncate_computed_blocks(blocks, hit) if hit else manager.empty_kv_cache_blocks
-        longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        with_slack = max(settled_tokens, min(-(-settled_tokens // size) * size + slack_blocks * size, longest))
-        for wanted in dict.fromkeys((with_slack, settled_tokens)):
-            allocated = self._ferry_without_zeroing(
-                lambda wanted=wanted: manager.allocate_slots(
-                    request,
-                    0,
-                    num_new_computed_tokens=hit,
-                    new_computed_blocks=blocks,
-                    num_external_computed_tokens=wanted - hit,
-                    delay_cache_blocks=True,
-                    reserved_blocks=self._inflight_prefill_reserved_blocks(),
-                )
-            )
-            if allocated is not None:
-                return int(hit)
-        raise NoRoom(f"no {-(-settled_tokens // size)} free KV blocks")
+    def _ferry_fits_into_running(self: Any, request: Request) -> bool:
+        has_slot = len(self.running) < self.max_num_active_reqs
+        return bool(has_slot and self._ferry_has_adapter_slot(request, self.running))
+
+    def _ferry_has_adapter_slot(self: Any, request: Request, beside: Iterable[Request]) -> bool:
+        """Whether it can run beside these: vLLM's scheduler dies of more adapters in `running` than there are slots."""
+        if self.lora_config is None or request.lora_request is None:
+            return True
+        taken = {other.lora_request.lora_int_id for other in beside if other.lora_request is not None}
+        return len(taken | {request.lora_request.lora_int_id}) <= int(self.lora_config.max_loras)
 
     def ferry_grow(self: Any, request_id: str, num_tokens: int) -> None:
         """Hold blocks for `num_tokens`, or for the whole context if it is less. Raises `NoRoom`, with all as it was."""
         num_tokens = min(num_tokens, self.max_model_len)  # the slack a source asks for may reach beyond its end
-        manager = self._ferry_manager()
-        held = manager.req_to_blocks[request_id]
-        num_more = -(-num_tokens // manager.block_size) - len(held)
-        if num_more > manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks():
-            raise NoRoom(f"no {num_more} more free KV blocks")
-        if num_more > 0:
-            held.extend(
-                manager.block_pool.get_new_blocks(num_more)
-            )  # not recorded for zeroing: they are written to at once
+        blocks.grow(self.kv_cache_manager, request_id, num_tokens, self._inflight_prefill_reserved_blocks())
 
     def ferry_commit(self: Any, request_id: str, state: RequestState) -> Request:
         """Its blocks are written, the runner knows it: make it schedulable, before all that wait without blocks."""
         request = self.ferry_in.pop(request_id)
         self._ferry_restore(request, state)
-        self._ferry_give_back_surplus(request)
+        blocks.settle(self.kv_cache_manager, request)
         # The id may still wait to be flushed to the runner as finished, from its last stay here.
         self.finished_req_ids.discard(request_id)
         self.requests[request_id] = request
@@ -277,7 +268,6 @@ class FerryMixin:
             return request
         request.status = RequestStatus.PREEMPTED
         if state.computed_tokens:
-            self.kv_cache_manager.cache_blocks(request, state.computed_tokens)
             self.kv_holding_waiting.prepend_request(request)
         else:
             self.waiting.prepend_request(request)
@@ -296,74 +286,25 @@ class FerryMixin:
         if state.prefill_stats is not None:
             request.prefill_stats = PrefillStats(**dict(zip(PREFILL_FIELDS, state.prefill_stats, strict=True)))
 
-    def _ferry_give_back_surplus(self: Any, request: Request) -> None:
-        """Keep what the KV needs and the block of the next token; vLLM would take more for tokens already there."""
-        manager = self._ferry_manager()
-        held = manager.req_to_blocks[request.request_id]
-        computed = request.num_computed_tokens
-        num_kept = -(-min(computed + 1, request.num_tokens) // manager.block_size) if computed else 0
-        surplus = held[num_kept:]
-        del held[num_kept:]
-        manager.block_pool.free_blocks(reversed(surplus))
-        if not held:
-            self.kv_cache_manager.free(request)  # forgets the empty entry and its count of cached blocks
-
     def ferry_cancel(self: Any, request_id: str) -> None:
         request = self.ferry_in.pop(request_id, None)
         if request is not None:
             self.kv_cache_manager.free(request)
 
     def ferry_block_table(self: Any, request_id: str) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(group) for group in self.kv_cache_manager.get_block_ids(request_id))
-
-    def _ferry_manager(self: Any) -> Any:
-        """The one group's manager (engines with several groups move nothing)."""
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        return manager
-
-    def _ferry_without_zeroing(self: Any, allocate: Callable[[], T]) -> T:
-        """Blocks vLLM hands out may be queued for zeroing at the next step, which would wipe what is copied in by
-        then."""
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        recorded = [manager.new_block_ids for manager in managers]
-        for manager in managers:
-            manager.new_block_ids = []
-        try:
-            return allocate()
-        finally:
-            for manager, block_ids in zip(managers, recorded, strict=True):
-                manager.new_block_ids = block_ids
+        return blocks.table_of(self.kv_cache_manager, request_id)
 
     # ---- accounting
     def ferry_num_reserved_blocks(self: Any) -> int:
         """Blocks held only by reservations."""
-        owned = {
-            block for request_id in self.requests for group in self.ferry_block_table(request_id) for block in group
-        }
-        coming = {
-            block for request_id in self.ferry_in for group in self.ferry_block_table(request_id) for block in group
-        }
-        return len(coming - owned)
+        manager = self.kv_cache_manager
+        return len(blocks.held_by(manager, self.ferry_in) - blocks.held_by(manager, self.requests))
 
     def ferry_check_integrity(self: Any) -> None:
         """Raise AssertionError unless free + held + reserved = total, and every live request stands in exactly one
         place."""
-        pool = self.kv_cache_manager.block_pool
-        references: Counter[int] = Counter()
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            for request_id, blocks in manager.req_to_blocks.items():
-                if blocks:
-                    assert request_id in self.requests or request_id in self.ferry_in, (
-                        f"blocks of {request_id}, who is gone"
-                    )
-                references.update(block.block_id for block in blocks if not block.is_null)
-        for _, blocks in self.deferred_frees:
-            references.update(block.block_id for block in blocks)
-        for block in pool.blocks:
-            assert block.is_null or block.ref_cnt == references[block.block_id], f"block {block.block_id} miscounted"
-        assert pool.get_num_free_blocks() + len(references) == pool.num_gpu_blocks - 1, (
-            "free + held + reserved != total"
-        )
+        owners = self.requests.keys() | self.ferry_in.keys()
+        blocks.check_counts(self.kv_cache_manager, owners, self.deferred_frees)
         assert not self.ferry_in.keys() & self.requests.keys()
         places = Counter(request.request_id for request in self.running)
         places.update(request.request_id for queue in (self.waiting, self.kv_holding_waiting) for request in queue)

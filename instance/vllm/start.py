@@ -7,8 +7,10 @@ import hashlib
 import json
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 
@@ -17,8 +19,13 @@ from instance.types import EngineFacts
 from instance.vllm import compat
 from instance.vllm.environment import prepare_environment
 from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv
+from instance.vllm.handshake import Adapter, Compatibility, encode
 from instance.vllm.rank import Rank, RemoteRank
 from instance.vllm.warmup import warm_up
+from instance.vllm.weights import combined, files_digest
+
+MAX_LAYOUT_CHARS = 1024
+"""A longer one (a model of very many unlike layers) is compared by its digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,8 @@ def start_core(argv: tuple[str, ...], carriers: tuple[str, ...], host: str, toke
     """See `VllmEngine.from_argv`. Raises `StartError` (one line)."""
     prepare_environment()
     try:
-        config = engine_config(parse_serve_argv(argv))
+        namespace = parse_serve_argv(argv)
+        config = engine_config(namespace)
         core = EngineCore(config, Executor.get_class(config), log_stats=False)
     except FlagError as error:
         raise StartError(str(error)) from error
@@ -43,12 +51,13 @@ def start_core(argv: tuple[str, ...], carriers: tuple[str, ...], host: str, toke
         raise StartError(f"vLLM does not start: {' '.join(str(error).split())[:500]}") from error
     refused = _why_refused(config, core)
     ranks: tuple[Rank, ...] = ()
-    layout = ""
+    fingerprint = ""
     if refused is None:
         ranks, layout = _open_ranks(core, carriers[0], host, token)
+        fingerprint = encode(_handshake(config, core, _adapters(namespace), layout))
     if config.model_config.runner_type == "generate":
         warm_up(core)
-    return Started(core, _facts(config, core, layout, refused), ranks)
+    return Started(core, _facts(config, core, fingerprint, refused), ranks)
 
 
 def _why_refused(config: Any, core: EngineCore) -> str | None:
@@ -69,31 +78,71 @@ def _open_ranks(core: EngineCore, carrier: str, host: str, token: str) -> tuple[
     return tuple(RemoteRank(url, f"{address}-{i}", token) for i, (url, _) in enumerate(answers)), layout
 
 
-def _facts(config: Any, core: EngineCore, layout: str, refused: str | None) -> EngineFacts:
-    scheduler: Any = core.scheduler
-    model, version = config.model_config, compat.engine_version()
-    kind = (
-        version,
-        model.model,
-        model.revision,
-        json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str),
-        str(model.dtype),
-        str(model.quantization),
-        str(config.cache_config.cache_dtype),
-        layout,
-        scheduler.block_size,
-        config.parallel_config.tensor_parallel_size,
-        bool(config.use_v2_model_runner),
+def _handshake(config: Any, core: EngineCore, adapters: tuple[Adapter, ...], layout: str) -> Compatibility:
+    model = config.model_config
+    described = {name: value for name, value in model.hf_config.to_dict().items() if name != "_name_or_path"}
+    return Compatibility(
+        engine_version=compat.engine_version(),
+        model=model.model if model.revision is None else f"{model.model}@{model.revision}",
+        weights=_weights(model, core),
+        model_config=_digest(json.dumps(described, sort_keys=True, default=str)),
+        dtype=str(model.dtype),
+        quantization=str(model.quantization or ""),
+        kv_dtype=str(config.cache_config.cache_dtype),
+        kv_layout=layout if len(layout) < MAX_LAYOUT_CHARS else _digest(layout),
+        block_size=core.scheduler.block_size,
+        tensor_parallel_size=config.parallel_config.tensor_parallel_size,
+        model_runner="V2" if config.use_v2_model_runner else "V1",
+        adapters=adapters,
     )
+
+
+def _weights(model: Any, core: EngineCore) -> str:
+    """Of the files, where there are any: what ranks hold may have been packed for the processor and thrown away. What
+    was never in a file is sampled where it was loaded."""
+    try:
+        digest = None if core.vllm_config.load_config.load_format == "dummy" else files_digest(_folder(model))
+    except OSError as error:
+        raise StartError(f"the weights of {model.model} cannot be read: {error}") from error
+    return digest or combined(core.collective_rpc("ferry_weights_digest"))
+
+
+def _folder(model: Any) -> str:
+    """Where the weights lie: the folder itself, or the hub's copy on this machine."""
+    if Path(model.model).expanduser().exists():
+        return str(model.model)
+    try:
+        return str(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except (OSError, ValueError):  # streamed from elsewhere
+        return str(model.model)
+
+
+def _adapters(namespace: Any) -> tuple[Adapter, ...]:
+    """Those the engine is started with."""
+    try:
+        known = [
+            Adapter(module.name, files_digest(module.path) or "no files") for module in namespace.lora_modules or ()
+        ]
+    except OSError as error:
+        raise StartError(f"a LoRA adapter cannot be read: {error}") from error
+    return tuple(sorted(known))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _facts(config: Any, core: EngineCore, fingerprint: str, refused: str | None) -> EngineFacts:
+    scheduler: Any = core.scheduler
     return EngineFacts(
-        model=model.model,
-        kv_fingerprint=hashlib.sha256(repr(kind).encode()).hexdigest(),
+        model=config.model_config.model,
+        kv_fingerprint=fingerprint,
         block_size=scheduler.block_size,
         total_blocks=scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
         max_model_len=scheduler.max_model_len,
         max_num_seqs=scheduler.max_num_active_reqs,
         max_num_batched_tokens=scheduler.max_num_scheduled_tokens,
         tensor_parallel_size=config.parallel_config.tensor_parallel_size,
-        engine_version=version,
+        engine_version=compat.engine_version(),
         migration_refused_because=refused,
     )

@@ -10,13 +10,18 @@ from vllm.v1.request import Request
 from vllm.v1.request import RequestStatus as VllmStatus
 
 from instance.types import EngineLoad, RequestStatus, RequestView
+from instance.vllm import blocks
 from instance.vllm.scheduler import why_unmovable
 from migration.types import RequestId
 
 
 def load_of(scheduler: Any, block_size: int, *, has_reservations: bool) -> EngineLoad:
-    holding = [_demand(request, block_size) - _num_held(scheduler, request) for request in scheduler.kv_holding_waiting]
-    demands = [max(0, demand) for demand in holding] + [_demand(request, block_size) for request in scheduler.waiting]
+    holding = [
+        _demand(scheduler, request, block_size) - _num_held(scheduler, request)
+        for request in scheduler.kv_holding_waiting
+    ]
+    demands = [max(0, demand) for demand in holding]
+    demands += [_demand(scheduler, request, block_size) for request in scheduler.waiting]
     priorities = Counter(request.priority for request in scheduler.running)
     return EngineLoad(
         free_blocks=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
@@ -53,9 +58,12 @@ def _status(scheduler: Any, request: Request) -> RequestStatus:
 
 
 def _num_held(scheduler: Any, request: Request) -> int:
-    return max((len(group) for group in scheduler.kv_cache_manager.get_block_ids(request.request_id)), default=0)
+    """Of the pool, all KV-cache groups together."""
+    return len(blocks.held_by(scheduler.kv_cache_manager, (request.request_id,)))
 
 
-def _demand(request: Request, block_size: int) -> int:
+def _demand(scheduler: Any, request: Request, block_size: int) -> int:
     """Blocks that hold all its tokens so far."""
-    return -(-int(request.num_tokens) // block_size)
+    if not hasattr(scheduler, "ferry_in"):  # vLLM's own, perhaps of a version whose insides are not known
+        return -(-int(request.num_tokens) // block_size)
+    return blocks.num_needed(scheduler.kv_cache_manager, int(request.num_tokens))

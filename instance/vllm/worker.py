@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from instance.vllm.codec import decode_request, decode_state
 from instance.vllm.pages import PageStore
 from instance.vllm.rank import CPU_BYTES_PER_S, RankEndpoint, RankServer
+from instance.vllm.weights import parameters_digest
 
 MAX_EXPECTED = 64
 """Submissions decoded ahead of their commit; more than an instance lets in at once."""
@@ -86,6 +87,10 @@ class FerryWorkerExtension:
             self.ferry_server = RankServer(endpoint, f"{control_address}-{self.rank}", token)
         return endpoint.url, layout_text(self.model_runner.kv_cache_config)
 
+    def ferry_weights_digest(self: Any) -> str:
+        """Of this rank's parameters as they were loaded."""
+        return parameters_digest(self.model_runner.model.named_parameters())
+
     def ferry_close(self: Any) -> None:
         if self.ferry_server is not None:
             self.ferry_server.close()
@@ -126,6 +131,7 @@ class FerryWorkerExtension:
             block_ids=tuple(list(group) for group in block_ids),
             num_computed_tokens=state.computed_tokens,
             output_token_ids=list(state.output_token_ids),
+            lora_request=request.lora_request,
         )
         runner.requests[request_id] = known
         runner.late_interaction_runner.register_request(request_id, None)

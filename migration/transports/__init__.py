@@ -1,15 +1,22 @@
-"""Which carrier moves KV blocks? Chosen by URL: ``tcp://host:port``, ``shm://host:port``, ``memory://name``; all from
-plain threads.
+"""Which carrier moves KV blocks? Chosen by URL: ``tcp://host:port``, ``shm://host:port``, ``nccl://host:port``,
+``memory://name``; all from plain threads.
+
+Names are looked up when they are first used, so that `nccl.py` can be imported where there is torch and CuPy only.
 """
 
 from __future__ import annotations
 
-from migration.transports.memory import MemoryHub, MemoryReceiver
-from migration.transports.mover import RankMover
-from migration.transports.params import CarrierParams
-from migration.transports.receiver import BlockReceiver, SocketReceiver
-from migration.transports.sender import BlockSender
-from migration.transports.store import KVLayout, KVStore
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from migration.transports.memory import MemoryHub
+    from migration.transports.mover import RankMover
+    from migration.transports.opening import open_receiver, open_sender
+    from migration.transports.params import CarrierParams
+    from migration.transports.receiver import BlockReceiver
+    from migration.transports.sender import BlockSender
+    from migration.transports.store import KVLayout, KVStore
 
 __all__ = [
     "BlockReceiver",
@@ -23,26 +30,21 @@ __all__ = [
     "open_sender",
 ]
 
+_HOMES = {
+    "BlockReceiver": "receiver",
+    "BlockSender": "sender",
+    "CarrierParams": "params",
+    "KVLayout": "store",
+    "KVStore": "store",
+    "MemoryHub": "memory",
+    "RankMover": "mover",
+    "open_receiver": "opening",
+    "open_sender": "opening",
+}
 
-def open_sender(store: KVStore, token: bytes, params: CarrierParams, hub: MemoryHub | None = None) -> BlockSender:
-    """The sending end of one rank; it can push to any URL (``memory://`` needs the hub)."""
-    return BlockSender(store, token, params, hub)
 
-
-def open_receiver(
-    store: KVStore, url: str, token: bytes, params: CarrierParams, hub: MemoryHub | None = None
-) -> BlockReceiver:
-    """The receiving end of one rank; its `url` is what peers push to.
-
-    `url`: ``tcp://HOST``, ``shm://HOST`` (a free port is taken; a peer that cannot share memory goes through the
-    socket) or ``memory://NAME`` (needs the hub). Raises `ValueError` for anything else, `OSError` when the host cannot
-    be bound.
-    """
-    scheme, _, rest = url.partition("://")
-    match scheme:
-        case "tcp" | "shm" if rest:
-            return SocketReceiver(store, scheme, rest, token, params)
-        case "memory" if rest and hub is not None:
-            return MemoryReceiver(store, rest, hub, token, params)
-        case _:
-            raise ValueError(f"no carrier for {url!r}")
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)

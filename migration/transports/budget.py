@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 
 class Budget:
@@ -15,9 +14,12 @@ class Budget:
         self._free_s = 0.0
         self._lock = threading.Lock()
 
-    def take(self, num_bytes: int) -> float:
+    @property
+    def is_bounded(self) -> bool:
+        return self._bytes_per_s is not None
+
+    def take(self, num_bytes: int, now_s: float) -> float:
         """Book these bytes; returns when they may go (time.monotonic()), which is now if nothing was booked lately."""
-        now_s = time.monotonic()
         if self._bytes_per_s is None:
             return now_s
         with self._lock:

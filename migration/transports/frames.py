@@ -8,10 +8,14 @@ stranger is noticed at its first frame.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -27,6 +31,10 @@ _HEADER = struct.Struct("!3sBBxxxIIII")
 """magic, version, kind, payload bytes, first block index, number of blocks, crc32 (0: none)."""
 
 HEADER_BYTES = _HEADER.size
+_TIMEVAL = struct.Struct("@ll")
+_MAX_PIECES = os.sysconf("SC_IOV_MAX")
+"""Pieces of memory that one call of the kernel takes."""
+_CUT_SHORT = "the peer closed the connection in the middle of a frame"
 
 
 class FrameKind(IntEnum):
@@ -40,9 +48,11 @@ class FrameKind(IntEnum):
     SLOT_CHUNK = 5
     """Its payload lies in the shared segment, in the slots' order."""
     SLOT_FREE = 6
-    """The oldest slot in use may be written again (said only if the push needs it again)."""
+    """The oldest slots in use, as many as it counts, may be written again (said only if the push needs them again)."""
     LANDED = 7
     FAILED = 8
+    LINK_CHUNK = 9
+    """Its payload comes from GPU to GPU, in the link's slots' order."""
 
 
 class SegmentOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,17 +63,31 @@ class SegmentOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot_bytes: int
     nonce: bytes
     """Also the first bytes of the segment: proves that the receiver has mapped the same memory."""
+    local_name: str
+    """Abstract local address at which the sender waits for the receiver of this segment."""
+
+
+class LinkOffered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`links.LinkOffer` on the wire."""
+
+    unique_id: bytes
+    gpu: bytes
+    slot_bytes: int
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: bytes
     group_block_bytes: tuple[int, ...]
+    page_order: str = ""
     segment: SegmentOffer | None = None
+    link: LinkOffered | None = None
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     has_segment: bool
     """Whether the offered segment is mapped; if not, chunks come through the socket."""
+    link_handles: tuple[bytes, ...] | None = None
+    """`links.LinkAnswer` to the offered link, which is being made now; None: there is none."""
 
 
 class Begin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,37 +124,38 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 class FrameSocket:
-    """One end of a connection: frames in, frames out, every call bounded by the deadline set last."""
+    """One end of a connection: frames in, frames out, every call bounded by the deadline set last.
+
+    The socket is a blocking one whose time-outs the kernel keeps: one call then moves a whole chunk, where Python's
+    own time-outs would wait and copy in pieces.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._header = bytearray(HEADER_BYTES)
+        self._sock.settimeout(None)
+        self._header = memoryview(bytearray(HEADER_BYTES))
+        self._deadline_s: float | None = None
+        self._is_interrupted = False
+        self._armed_s = 0.0
+        """The kernel's time-out of each call; 0: none."""
 
     def set_deadline(self, deadline_s: float | None) -> None:
         """`deadline_s`: on the monotonic clock; None: wait for ever (an idle receiver)."""
-        self._sock.settimeout(None if deadline_s is None else max(1e-3, deadline_s - time.monotonic()))
+        self._deadline_s = deadline_s
+        self._arm()
 
     def send(self, kind: FrameKind, control: Control | None = None) -> None:
         payload = b"" if control is None else msgspec.msgpack.encode(control)
-        self._sock.sendall(_HEADER.pack(MAGIC, VERSION, kind, len(payload), 0, 0, 0) + payload)
+        self._send_all([_HEADER.pack(MAGIC, VERSION, kind, len(payload), 0, 0, 0) + payload])
 
-    def send_chunk(self, kind: FrameKind, first: int, count: int, crc32: int, payload: memoryview | None) -> None:
-        """`payload` None: it lies in the shared segment."""
-        num_bytes = 0 if payload is None else len(payload)
-        header = _HEADER.pack(MAGIC, VERSION, kind, num_bytes, first, count, crc32)
-        if payload is None:
-            self._sock.sendall(header)
-            return
-        sent = self._sock.sendmsg((header, payload))
-        if sent < HEADER_BYTES:
-            self._sock.sendall(header[sent:])
-            sent = HEADER_BYTES
-        if sent < HEADER_BYTES + num_bytes:
-            self._sock.sendall(payload[sent - HEADER_BYTES :])
+    def send_chunk(self, kind: FrameKind, first: int, count: int, crc32: int, payload: Sequence[memoryview]) -> None:
+        """`payload`: pieces that follow each other (none: it lies in the shared segment), sent where they lie."""
+        num_bytes = sum(map(len, payload))
+        self._send_all([_HEADER.pack(MAGIC, VERSION, kind, num_bytes, first, count, crc32), *payload])
 
     def receive(self) -> Frame | None:
         """The next header; None when the peer has closed in good order. Raises `MalformedMessage`, `OSError`."""
-        if not self.receive_into(memoryview(self._header), may_end=True):
+        if not self.receive_into(self._header, may_end=True):
             return None
         magic, version, kind, num_bytes, first, count, crc32 = _HEADER.unpack(self._header)
         if magic != MAGIC or version != VERSION:
@@ -148,22 +173,36 @@ class FrameSocket:
         self.receive_into(memoryview(payload))
         try:
             return msgspec.msgpack.decode(payload, type=expected)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise MalformedMessage(f"no {expected.__name__}: {error}") from error
 
     def receive_into(self, out: memoryview, *, may_end: bool = False) -> bool:
         """Fill `out`. False when the peer closed before its first byte and `may_end`; `ConnectionError` when cut
-        short.
+        short, `TimeoutError` at the deadline.
         """
         num_read = 0
         while num_read < len(out):
-            num_new = self._sock.recv_into(out[num_read:], len(out) - num_read, socket.MSG_WAITALL)
+            num_new = self._bounded(self._sock.recv_into, out[num_read:], len(out) - num_read, socket.MSG_WAITALL)
             if not num_new:
                 if may_end and not num_read:
                     return False
-                raise ConnectionResetError("the peer closed the connection in the middle of a frame")
+                raise ConnectionResetError(_CUT_SHORT)
             num_read += num_new
+            if num_read < len(out):
+                self._arm()
         return True
+
+    def receive_pieces(self, pieces: Sequence[memoryview]) -> None:
+        """Fill the pieces one after the other, where they lie. Raises as `receive_into` does."""
+        left = deque(pieces)
+        while left:
+            batch = list(islice(left, _MAX_PIECES))
+            num_new = self._bounded(self._receive_batch, batch)
+            if not num_new:
+                raise ConnectionResetError(_CUT_SHORT)
+            _drop(left, num_new)
+            if left:
+                self._arm()
 
     def expect(self, kind: FrameKind) -> Frame:
         """The next frame, which must be of this kind. A `Failed` frame raises `CopyFailed` with its reason."""
@@ -178,14 +217,10 @@ class FrameSocket:
 
     def has_input(self) -> bool:
         """Whether the peer has said (or closed) something that is not yet read. Never waits."""
-        timeout = self._sock.gettimeout()
-        self._sock.settimeout(0)
         try:
-            self._sock.recv(1, socket.MSG_PEEK)
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        finally:
-            self._sock.settimeout(timeout)
         return True
 
     def drain(self, for_s: float) -> None:
@@ -197,11 +232,66 @@ class FrameSocket:
         waste = bytearray(1 << 16)
         while time.monotonic() < deadline_s:
             self.set_deadline(deadline_s)
-            if not self._sock.recv_into(waste):
+            if not self._bounded(self._sock.recv_into, waste):
                 return
 
-    def close(self) -> None:
-        """Safe from another thread: a call that is under way there fails at once."""
+    def move_to(self, sock: socket.socket) -> None:
+        """Go on over another socket; the present one is closed. Both ends do so after the same frame."""
+        old, self._sock = self._sock, sock
+        old.close()
+        sock.settimeout(None)
+        self._armed_s = 0.0
+        self._arm()
+        if self._is_interrupted:  # it may have hit the old one
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """From another thread: a call that is under way here, and every later one, fails at once. Only the thread that
+        uses the connection closes it; the number of a closed one could already be someone else's."""
+        self._is_interrupted = True
         with contextlib.suppress(OSError):  # not connected (any more): nothing to shut down
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.interrupt()
         self._sock.close()
+
+    def _arm(self) -> None:
+        """Let the kernel's time-outs end at the deadline, or a tenth of the time later: that spares two calls."""
+        left_s = 0.0 if self._deadline_s is None else max(1e-3, self._deadline_s - time.monotonic())
+        if 0.9 * self._armed_s <= left_s <= self._armed_s:
+            return
+        timeout = _TIMEVAL.pack(int(left_s), int(left_s % 1 * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        self._armed_s = left_s
+
+    def _bounded(self, call: Callable[..., int], *args: object) -> int:
+        """One call of the kernel, which may do less than it was asked to. Raises `TimeoutError` at the deadline."""
+        if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+            raise TimeoutError("the deadline passed")
+        try:
+            return call(*args)
+        except BlockingIOError as error:
+            raise TimeoutError("the deadline passed") from error
+
+    def _receive_batch(self, batch: list[memoryview]) -> int:
+        return self._sock.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
+
+    def _send_all(self, pieces: Sequence[bytes | memoryview]) -> None:
+        num_sent = self._bounded(self._sock.sendmsg, pieces[:_MAX_PIECES])
+        if len(pieces) == 1 and num_sent == len(pieces[0]):
+            return
+        left: deque[memoryview] = deque(memoryview(piece) for piece in pieces)
+        _drop(left, num_sent)
+        while left:
+            self._arm()
+            _drop(left, self._bounded(self._sock.sendmsg, list(islice(left, _MAX_PIECES))))
+
+
+def _drop(left: deque[memoryview], num_bytes: int) -> None:
+    """Take what has gone off the front."""
+    while left and num_bytes >= len(left[0]):
+        num_bytes -= len(left.popleft())
+    if num_bytes:
+        left[0] = left[0][num_bytes:]

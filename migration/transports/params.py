@@ -10,7 +10,14 @@ class CarrierParams:
     """Bounds of one rank's carriers, both ends."""
 
     chunk_bytes: int = 1 << 20
-    """Bytes gathered, sent and scattered at once (at least one block index)."""
+    """Bytes gathered, sent and scattered at once while a budget paces a push (always at least one block index)."""
+    burst_chunks: int = 2
+    """The same in chunks, where no budget does. More than this times `num_slots` leaves the processor's cache."""
+    in_place_chunks: int = 16
+    """The same again, where blocks leave from where they lie: nothing is gained by small pieces then."""
+    link_chunks: int = 32
+    """The same again from GPU to GPU, where a chunk passes in less time than it takes to speak of it. Each end has two
+    slots of this size on its GPU for each peer."""
     max_chunk_bytes: int = 64 << 20
     """A receiver holds a buffer of at most this size a connection and refuses larger chunks."""
     bytes_per_s: float | None = None
@@ -18,7 +25,7 @@ class CarrierParams:
     num_slots: int = 3
     """Chunks in flight through a shared memory segment."""
     checksum: bool = False
-    """crc32 over every chunk."""
+    """A sender's: crc32 over every chunk. The receiver writes no chunk that does not match its sum."""
     max_connections: int = 32
     """Connections a receiver serves at once."""
     max_idle: int = 4
@@ -30,13 +37,19 @@ class CarrierParams:
     handshake_s: float = 5.0
     """A connection that has not said who it is by then is closed."""
 
+    link_s: float = 30.0
+    """A link between two GPUs that is not up by then is given up."""
+
     def __post_init__(self) -> None:
         if not 0 < self.chunk_bytes <= self.max_chunk_bytes:
             raise ValueError("chunk_bytes must lie in (0, max_chunk_bytes]")
+        if min(self.burst_chunks, self.in_place_chunks, self.link_chunks) < 1:
+            raise ValueError("burst_chunks, in_place_chunks and link_chunks must be at least 1")
         if self.bytes_per_s is not None and self.bytes_per_s <= 0:
             raise ValueError("bytes_per_s must be positive (None: no pacing)")
         if (
-            min(self.num_slots - 1, self.max_connections, self.max_tickets, self.handshake_s, self.stall_s) <= 0
+            min(self.num_slots - 1, self.max_connections, self.max_tickets, self.handshake_s, self.stall_s, self.link_s)
+            <= 0
             or self.max_idle < 0
         ):
             raise ValueError("num_slots must be at least 2, the other bounds positive")

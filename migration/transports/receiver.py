@@ -9,12 +9,26 @@ import socket
 import threading
 import time
 import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from migration.errors import CopyFailed, MalformedMessage
-from migration.transports.frames import Begin, Failed, Frame, FrameKind, FrameSocket, Hello, Landed, Welcome
+from migration.transports import links
+from migration.transports.frames import (
+    Begin,
+    Failed,
+    Frame,
+    FrameKind,
+    FrameSocket,
+    Hello,
+    Landed,
+    LinkOffered,
+    Welcome,
+)
+from migration.transports.links import Link, LinkMaker, LinkOffer, make_in_time
 from migration.transports.params import CarrierParams
-from migration.transports.shm import Segment, map_segment
-from migration.transports.store import KVStore
+from migration.transports.shm import Segment, map_segment, num_freed
+from migration.transports.store import KVStore, host_store
 from migration.transports.tickets import TicketTable
 from migration.types import BlockRange, BlockTable, MigrationId
 
@@ -53,11 +67,20 @@ class BlockReceiver:
 
 
 class SocketReceiver(BlockReceiver):
-    """Serves ``tcp://`` and ``shm://`` senders on one listening socket."""
+    """Serves ``tcp://``, ``shm://`` and, with a `link_maker`, ``nccl://`` senders on one listening socket."""
 
-    def __init__(self, store: KVStore, scheme: str, host: str, token: bytes, params: CarrierParams) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        scheme: str,
+        host: str,
+        token: bytes,
+        params: CarrierParams,
+        link_maker: LinkMaker | None = None,
+    ) -> None:
         self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
         super().__init__(store, f"{scheme}://{host}:{self._listener.getsockname()[1]}", token, params)
+        self.link_maker = link_maker
         self._params = params
         self._lock = threading.Lock()
         self._connections: dict[FrameSocket, threading.Thread] = {}
@@ -81,7 +104,7 @@ class SocketReceiver(BlockReceiver):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for frames in connections:
-            frames.close()
+            frames.interrupt()
         for thread in (self._acceptor, *connections.values()):
             thread.join()
 
@@ -103,15 +126,15 @@ class SocketReceiver(BlockReceiver):
                 thread.start()
 
     def _serve(self, frames: FrameSocket) -> None:
+        connection = _Connection(self, frames, self._params)
         try:
-            connection = _Connection(self, frames, self._params)
             connection.serve()
         except MalformedMessage as error:
             _LOG.warning("closed a block connection: %s", error)
         except OSError as error:
             _LOG.info("lost a block connection: %s", error)
         finally:
-            frames.close()
+            connection.close()
             with self._lock:
                 del self._connections[frames]
 
@@ -119,13 +142,21 @@ class SocketReceiver(BlockReceiver):
 class _Connection:
     """One sender's connection: the handshake, then push after push."""
 
-    def __init__(self, receiver: BlockReceiver, frames: FrameSocket, params: CarrierParams) -> None:
+    def __init__(self, receiver: SocketReceiver, frames: FrameSocket, params: CarrierParams) -> None:
         self._receiver = receiver
         self._frames = frames
         self._params = params
         self._index_bytes = receiver.store.layout.index_bytes
+        self._host_store = host_store(receiver.store)
         self._segment: Segment | None = None
+        self._link: Link | None = None
+        self._link_slot_bytes = 0
         self._buffer = bytearray()
+
+    def close(self) -> None:
+        self._frames.close()
+        if self._link is not None:
+            self._link.abort()
 
     def serve(self) -> None:
         try:
@@ -150,9 +181,27 @@ class _Connection:
             raise CopyFailed("wrong token")
         if hello.group_block_bytes != self._receiver.store.layout.group_block_bytes:
             raise CopyFailed("the sender's blocks have another size")
+        if hello.page_order != self._receiver.store.layout.page_order:
+            raise CopyFailed("the sender's pages come in another order")
+        local: socket.socket | None = None
         if hello.segment is not None:
-            self._segment = map_segment(hello.segment, self._params.max_segment_bytes)
-        self._frames.send(FrameKind.WELCOME, Welcome(has_segment=self._segment is not None))
+            mapped = map_segment(hello.segment, self._params.max_segment_bytes)
+            self._segment, local = mapped or (None, None)
+        if hello.link is not None and self._receiver.link_maker is not None:
+            self._make_link(self._receiver.link_maker, hello.link)
+        else:
+            self._frames.send(FrameKind.WELCOME, Welcome(has_segment=self._segment is not None))
+            if local is not None:
+                self._frames.move_to(local)
+
+    def _make_link(self, maker: LinkMaker, offered: LinkOffered) -> None:
+        """Both ends make theirs at the same time, after the welcome."""
+        if not 0 < offered.slot_bytes <= self._params.max_chunk_bytes:
+            raise CopyFailed(f"slots of {offered.slot_bytes} bytes are none that this receiver has")
+        answer, make = maker.answer(LinkOffer(offered.unique_id, offered.gpu, offered.slot_bytes))
+        self._frames.send(FrameKind.WELCOME, Welcome(has_segment=False, link_handles=answer.slot_handles))
+        self._link = make_in_time(make, self._params.link_s)
+        self._link_slot_bytes = offered.slot_bytes
 
     def _take_push(self, begin: Begin) -> None:
         if not 0 <= begin.first < begin.end or not begin.chunk_blocks > 0:
@@ -175,21 +224,61 @@ class _Connection:
 
     def _take_chunk(self, begin: Begin, frame: Frame, chunk_index: int) -> None:
         num_bytes = frame.count * self._index_bytes
+        segment = self._segment
         if frame.kind is FrameKind.CHUNK and frame.num_bytes == num_bytes:
-            if len(self._buffer) < num_bytes:
-                self._buffer = bytearray(num_bytes)
-            data = memoryview(self._buffer)[:num_bytes]
-            self._frames.receive_into(data)
-        elif frame.kind is FrameKind.SLOT_CHUNK and self._segment is not None and num_bytes <= self._segment.slot_bytes:
-            data = self._segment.slot(chunk_index, num_bytes)
+            if begin.has_checksum or not self._receive_in_place(begin, frame):
+                if len(self._buffer) < num_bytes:
+                    self._buffer = bytearray(num_bytes)
+                data = memoryview(self._buffer)[:num_bytes]
+                self._frames.receive_into(data)
+                self._write(begin, frame, data)
+        elif frame.kind is FrameKind.SLOT_CHUNK and not frame.num_bytes and segment and num_bytes <= segment.slot_bytes:
+            self._write(begin, frame, segment.slot(chunk_index, num_bytes))
+            self._free(begin, segment.num_slots, chunk_index)
+        elif frame.kind is FrameKind.LINK_CHUNK and self._link is not None and num_bytes <= self._link_slot_bytes:
+            self._take_from_link(begin, frame, self._link, chunk_index)
         else:
             raise MalformedMessage(f"{frame.kind.name} with {frame.num_bytes} bytes in a push of chunks")
+
+    def _take_from_link(self, begin: Begin, frame: Frame, link: Link, chunk_index: int) -> None:
+        """Into a slot of ours first: what is written into the blocks is wholly here, and its ticket is open."""
+        if begin.has_checksum or frame.num_bytes:
+            raise MalformedMessage("a chunk from a GPU has neither a checksum nor a payload")
+        with self._writing(begin, frame):
+            pass  # refused before anything is taken in
+        slot = chunk_index % links.NUM_SLOTS
+        link.receive(slot, frame.count * self._index_bytes)
+        links.wait_done(link, slot, time.monotonic() + self._params.stall_s)
+        with self._writing(begin, frame) as block_ids:
+            link.unpack(slot, block_ids)
+        self._free(begin, links.NUM_SLOTS, chunk_index)
+
+    def _free(self, begin: Begin, num_slots: int, chunk_index: int) -> None:
+        num_chunks = -(-(begin.end - begin.first) // begin.chunk_blocks)
+        if count := num_freed(num_slots, chunk_index, num_chunks):
+            self._frames.send_chunk(FrameKind.SLOT_FREE, 0, count, 0, ())
+
+    def _receive_in_place(self, begin: Begin, frame: Frame) -> bool:
+        """From the socket straight into the blocks, if the processor can address them. A close of the ticket ends the
+        connection, since it must not wait for the sender."""
+        if self._host_store is None:
+            return False
+        with self._writing(begin, frame, self._frames.interrupt) as block_ids:
+            views = self._host_store.views(block_ids)
+            if views is None or sum(map(len, views)) != frame.num_bytes:
+                raise CopyFailed("the store's views do not fit its layout")
+            self._frames.receive_pieces(views)
+        return True
+
+    def _write(self, begin: Begin, frame: Frame, data: memoryview) -> None:
+        """A chunk that is wholly here. With a checksum nothing is written that does not match it."""
         if begin.has_checksum and zlib.crc32(data) != frame.crc32:
             raise CopyFailed("checksum of a chunk does not match")
-        blocks = BlockRange(frame.first, frame.first + frame.count)
-        with self._receiver.tickets.writing(MigrationId(begin.migration_id), blocks) as block_ids:
+        with self._writing(begin, frame) as block_ids:
             self._receiver.store.scatter(block_ids, data)
-        if self._segment is not None and frame.kind is FrameKind.SLOT_CHUNK:
-            reused_at = blocks.first + self._segment.num_slots * begin.chunk_blocks
-            if reused_at < begin.end:
-                self._frames.send(FrameKind.SLOT_FREE)
+
+    def _writing(
+        self, begin: Begin, frame: Frame, interrupt: Callable[[], None] | None = None
+    ) -> AbstractContextManager[BlockTable]:
+        blocks = BlockRange(frame.first, frame.first + frame.count)
+        return self._receiver.tickets.writing(MigrationId(begin.migration_id), blocks, interrupt)

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 
 from migration.errors import CopyFailed, MalformedMessage
 from migration.stages import chunks_of
+from migration.transports import links
 from migration.transports.budget import Budget
 from migration.transports.frames import Begin, FrameKind, Landed
+from migration.transports.links import Link, LinkMaker
 from migration.transports.memory import MemoryHub
 from migration.transports.params import CarrierParams
 from migration.transports.pool import Connection, ConnectionPool
 from migration.transports.shm import Segment, slots_freed
-from migration.transports.store import KVStore
+from migration.transports.store import HostKVStore, KVStore, host_store
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 
 _LOG = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class _Push:
     migration_id: MigrationId
     url: str
     block_table: BlockTable
-    chunks: Sequence[BlockRange]
+    blocks: BlockRange
     deadline_s: float
     budget: Budget
     index_bytes: int
@@ -44,27 +46,37 @@ class _Push:
     def ids(self, blocks: BlockRange) -> BlockTable:
         return tuple(group[blocks.first : blocks.end] for group in self.block_table)
 
-    def wait_turn(self, chunk_index: int) -> None:
+    def wait_turn(self, blocks: BlockRange) -> None:
         """Wait until the budget allows this chunk. Raises `CopyFailed` when broken off or out of time."""
-        turn_s = self.budget.take(len(self.chunks[chunk_index]) * self.index_bytes)
-        wait_s = min(turn_s, self.deadline_s) - time.monotonic()
+        now_s = time.monotonic()
+        turn_s = self.budget.take(len(blocks) * self.index_bytes, now_s)
+        wait_s = min(turn_s, self.deadline_s) - now_s
         if wait_s > 0:
             self.is_broken_off.wait(wait_s)
+            now_s = time.monotonic()
         if self.is_broken_off.is_set():
             raise CopyFailed("broken off")
-        if time.monotonic() >= self.deadline_s:
+        if now_s >= self.deadline_s:
             raise CopyFailed("the deadline passed")
 
 
 class BlockSender:
     """The sending end of one rank. Thread-safe; a migration has one push at a time."""
 
-    def __init__(self, store: KVStore, token: bytes, params: CarrierParams, hub: MemoryHub | None = None) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        token: bytes,
+        params: CarrierParams,
+        hub: MemoryHub | None = None,
+        link_maker: LinkMaker | None = None,
+    ) -> None:
         self._store = store
+        self._host_store = host_store(store)
         self._token = token
         self._params = params
         self._hub = hub
-        self._pool = ConnectionPool(store.layout, token, params)
+        self._pool = ConnectionPool(store.layout, token, params, link_maker)
         self._budget = Budget(params.bytes_per_s)
         self._gatherer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-gather")
         self._lock = threading.Lock()
@@ -97,7 +109,7 @@ class BlockSender:
             migration_id,
             url,
             block_table,
-            chunks_of(blocks, self._pool.chunk_blocks),
+            blocks,
             time.monotonic() + timeout_s,
             _NO_BUDGET if urgent else self._budget,
             self._store.layout.index_bytes,
@@ -129,7 +141,7 @@ class BlockSender:
             if push is not None:
                 push.is_broken_off.set()
                 if push.connection is not None:
-                    push.connection.frames.close()
+                    push.connection.frames.interrupt()
 
     def close(self) -> None:
         """Break off every push and close every connection."""
@@ -148,15 +160,17 @@ class BlockSender:
             raise CopyFailed("wrong token")
         if receiver.store.layout.group_block_bytes != self._store.layout.group_block_bytes:
             raise CopyFailed("the sender's blocks have another size")
+        if receiver.store.layout.page_order != self._store.layout.page_order:
+            raise CopyFailed("the sender's pages come in another order")
         num_bytes = 0
-        for chunk_index, blocks in enumerate(push.chunks):
-            push.wait_turn(chunk_index)
+        for blocks in chunks_of(push.blocks, self._pool.chunk_blocks()):
+            push.wait_turn(blocks)
             data = memoryview(bytearray(len(blocks) * push.index_bytes))
             self._store.gather(push.ids(blocks), data)
             with receiver.tickets.writing(push.migration_id, blocks) as block_ids:
                 receiver.store.scatter(block_ids, data)
             num_bytes += len(data)
-        return CopyReceipt(push.chunks[-1].end - push.chunks[0].first, num_bytes)
+        return CopyReceipt(len(push.blocks), num_bytes)
 
     def _push_by_socket(self, push: _Push) -> CopyReceipt:
         connection = self._pool.take(push.url, push.deadline_s)
@@ -172,20 +186,27 @@ class BlockSender:
             if has_landed and not push.is_broken_off.is_set():
                 self._pool.give(push.url, connection)
             else:
-                connection.frames.close()
+                connection.close()
         return CopyReceipt(landed.num_blocks, landed.num_bytes)
 
     def _converse(self, push: _Push, connection: Connection) -> Landed:
         frames = connection.frames
         frames.set_deadline(push.deadline_s)
-        first, end = push.chunks[0].first, push.chunks[-1].end
-        begin = Begin(push.migration_id, first, end, self._pool.chunk_blocks, self._params.checksum)
+        is_socket = connection.segment is None and connection.link is None
+        in_place = self._host_store if is_socket and not self._params.checksum else None
+        chunk_blocks = self._pool.chunk_blocks(1 if push.budget.is_bounded else self._burst(connection, in_place))
+        chunks = chunks_of(push.blocks, chunk_blocks)
+        begin = Begin(push.migration_id, push.blocks.first, push.blocks.end, chunk_blocks, self._params.checksum)
         try:
             frames.send(FrameKind.BEGIN, begin)
-            if connection.segment is None:
-                self._send_chunks(push, connection)
+            if connection.link is not None:
+                self._fill_link(push, chunks, connection, connection.link)
+            elif connection.segment is not None:
+                self._fill_slots(push, chunks, connection, connection.segment)
+            elif in_place is not None:
+                self._send_in_place(push, chunks, connection, in_place)
             else:
-                self._fill_slots(push, connection, connection.segment)
+                self._send_chunks(push, chunks, connection)
         except (BrokenPipeError, ConnectionResetError):
             frames.set_deadline(time.monotonic() + _WHY_S)
             frames.expect(FrameKind.LANDED)  # raises the peer's reason if it left one
@@ -193,35 +214,79 @@ class BlockSender:
         frames.set_deadline(push.deadline_s)
         return frames.receive_control(frames.expect(FrameKind.LANDED), Landed)
 
-    def _send_chunks(self, push: _Push, connection: Connection) -> None:
+    def _burst(self, connection: Connection, in_place: HostKVStore | None) -> int:
+        """Chunks that are sent as one where no budget paces them."""
+        if connection.link is not None:
+            return self._params.link_chunks
+        return self._params.burst_chunks if in_place is None else self._params.in_place_chunks
+
+    def _send_in_place(
+        self, push: _Push, chunks: Sequence[BlockRange], connection: Connection, store: HostKVStore
+    ) -> None:
+        """Through the socket, straight from the blocks: the kernel's copy is the only one."""
+        for blocks in chunks:
+            push.wait_turn(blocks)
+            views = store.views(push.ids(blocks))
+            if views is None or sum(map(len, views)) != len(blocks) * push.index_bytes:
+                raise CopyFailed("the store's views do not fit its layout")
+            self._send_chunk(push, connection, blocks, 0, views)
+
+    def _send_chunk(
+        self, push: _Push, connection: Connection, blocks: BlockRange, crc32: int, payload: Sequence[memoryview]
+    ) -> None:
+        frames = connection.frames
+        if frames.has_input():  # it can only be a refusal: do not send the rest into the void
+            frames.expect(FrameKind.LANDED)
+            raise MalformedMessage("the push has landed before it was sent")
+        frames.set_deadline(push.deadline_s)
+        frames.send_chunk(FrameKind.CHUNK, blocks.first, len(blocks), crc32, payload)
+
+    def _send_chunks(self, push: _Push, chunks: Sequence[BlockRange], connection: Connection) -> None:
         """Through the socket: chunk k + 1 is gathered by another thread while chunk k is sent."""
-        data, crc32 = self._gather(push, connection, 0)
-        for chunk_index, blocks in enumerate(push.chunks):
-            push.wait_turn(chunk_index)
+        data, crc32 = self._gather(push, chunks, connection, 0)
+        for chunk_index, blocks in enumerate(chunks):
+            push.wait_turn(blocks)
             upcoming: Future[tuple[memoryview, int]] | None = None
-            if chunk_index + 1 < len(push.chunks):
-                upcoming = self._gatherer.submit(self._gather, push, connection, chunk_index + 1)
-                if connection.frames.has_input():  # it can only be a refusal: do not send the rest into the void
-                    connection.frames.expect(FrameKind.LANDED)
-            connection.frames.set_deadline(push.deadline_s)
-            connection.frames.send_chunk(FrameKind.CHUNK, blocks.first, len(blocks), crc32, data)
+            if chunk_index + 1 < len(chunks):
+                upcoming = self._gatherer.submit(self._gather, push, chunks, connection, chunk_index + 1)
+            self._send_chunk(push, connection, blocks, crc32, (data,))
             if upcoming is not None:
                 data, crc32 = upcoming.result()
 
-    def _gather(self, push: _Push, connection: Connection, chunk_index: int) -> tuple[memoryview, int]:
-        blocks = push.chunks[chunk_index]
+    def _gather(
+        self, push: _Push, chunks: Sequence[BlockRange], connection: Connection, chunk_index: int
+    ) -> tuple[memoryview, int]:
+        blocks = chunks[chunk_index]
         data = connection.buffer(chunk_index, len(blocks) * push.index_bytes)
         self._store.gather(push.ids(blocks), data)
         return data, zlib.crc32(data) if self._params.checksum else 0
 
-    def _fill_slots(self, push: _Push, connection: Connection, segment: Segment) -> None:
+    def _fill_slots(self, push: _Push, chunks: Sequence[BlockRange], connection: Connection, segment: Segment) -> None:
         """Through shared memory: gathered straight into a slot, which the receiver frees when it has scattered it."""
-        freed = slots_freed(connection.frames, segment)
-        for chunk_index, blocks in enumerate(push.chunks):
-            push.wait_turn(chunk_index)
+        freed = slots_freed(connection.frames, segment.num_slots)
+        for chunk_index, blocks in enumerate(chunks):
+            push.wait_turn(blocks)
             connection.frames.set_deadline(push.deadline_s)
             next(freed)
             data = segment.slot(chunk_index, len(blocks) * push.index_bytes)
             self._store.gather(push.ids(blocks), data)
             crc32 = zlib.crc32(data) if self._params.checksum else 0
-            connection.frames.send_chunk(FrameKind.SLOT_CHUNK, blocks.first, len(blocks), crc32, None)
+            connection.frames.send_chunk(FrameKind.SLOT_CHUNK, blocks.first, len(blocks), crc32, ())
+
+    def _fill_link(self, push: _Push, chunks: Sequence[BlockRange], connection: Connection, link: Link) -> None:
+        """From GPU to GPU: chunk k + 1 is packed while chunk k is on the wire. A receiver that refuses one never takes
+        it in; its reason comes through the socket, and the link is aborted with the connection."""
+        if self._params.checksum:
+            raise CopyFailed("nccl carries no checksums")
+        frames = connection.frames
+        freed = slots_freed(frames, links.NUM_SLOTS)
+        for chunk_index, blocks in enumerate(chunks):
+            push.wait_turn(blocks)
+            frames.set_deadline(push.deadline_s)
+            next(freed)
+            slot = chunk_index % links.NUM_SLOTS
+            link.pack(slot, push.ids(blocks))
+            if link.is_direct:
+                links.wait_done(link, slot, push.deadline_s)
+            frames.send_chunk(FrameKind.LINK_CHUNK, blocks.first, len(blocks), 0, ())
+            link.ship(slot, len(blocks) * push.index_bytes)

@@ -5,9 +5,9 @@ idle.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from migration.errors import CopyFailed
 from migration.transports.store import KVLayout
@@ -19,6 +19,8 @@ class _Ticket:
     block_table: BlockTable
     is_open: bool = True
     num_writing: int = 0
+    interrupts: list[Callable[[], None]] = field(default_factory=list)
+    """How to end the writes that wait for a peer."""
 
 
 class TicketTable:
@@ -70,13 +72,21 @@ class TicketTable:
             return True
         ticket.is_open = False
         if ticket.num_writing:
+            for interrupt in ticket.interrupts:
+                interrupt()
             return False
         del self._tickets[migration_id]
         return True
 
     @contextmanager
-    def writing(self, migration_id: MigrationId, blocks: BlockRange) -> Iterator[BlockTable]:
-        """The physical ids of these block indexes; `close` waits meanwhile. Raises `CopyFailed` if not allowed."""
+    def writing(
+        self, migration_id: MigrationId, blocks: BlockRange, interrupt: Callable[[], None] | None = None
+    ) -> Iterator[BlockTable]:
+        """The physical ids of these block indexes; `close` waits meanwhile. Raises `CopyFailed` if not allowed.
+
+        `interrupt`: ends a write that waits for a peer, which `close` must not do; called from other threads, more
+        than once.
+        """
         with self._changed:
             ticket = self._tickets.get(migration_id)
             if ticket is None or not ticket.is_open:
@@ -87,11 +97,15 @@ class TicketTable:
                 raise CopyFailed(f"blocks {blocks.first}..{blocks.end} lie outside the ticket's table")
             block_ids = tuple(group[blocks.first : blocks.end] for group in ticket.block_table)
             ticket.num_writing += 1
+            if interrupt is not None:
+                ticket.interrupts.append(interrupt)
         try:
             yield block_ids
         finally:
             with self._changed:
                 ticket.num_writing -= 1
+                if interrupt is not None:
+                    ticket.interrupts.remove(interrupt)
                 if not ticket.num_writing:
                     self._changed.notify_all()
 

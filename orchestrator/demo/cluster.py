@@ -86,6 +86,7 @@ class Cluster:
             max_migrations=MAX_MIGRATIONS,
             rebalance=False,
             log_level="WARNING",
+            token=self.composition.token,
         )
         started = await self.ray.start_orchestrator(actor_name, spec, ORCHESTRATOR_START_S)
         self.fleet = AdminFleet(started.admin_address)

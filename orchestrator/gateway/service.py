@@ -50,7 +50,7 @@ class GatewayService:
     def __init__(self, params: RouterParams | None = None, encode: Encode = encode_request) -> None:
         self._params = params
         self._encode = encode
-        self._mailbox = Mailbox()
+        self._mailbox: Mailbox | None = None
         self._loop: GatewayLoop | None = None
         self._llm: FleetLLM | None = None
         self._server: uvicorn.Server | None = None
@@ -59,12 +59,14 @@ class GatewayService:
         self._ended = asyncio.Event()
 
     async def start(self, config: GatewayConfig) -> GatewayStarted:
-        """Serve. Raises GatewayError (one line): port in use, unknown flag, no such model, not a generation model."""
+        """Serve. Raises GatewayError (one line): port in use, unknown flag, no such model, not a generation model, no
+        token."""
         self._listener = bind(config.host, config.port, config.reuse_port)
         try:
             namespace, vllm_config = await asyncio.to_thread(_configure, config)
+            self._mailbox = _mailbox(config.token)
             await self._mailbox.open(config.inbox_host)
-            await self._serve(namespace, vllm_config, config)
+            await self._serve(self._mailbox, namespace, vllm_config, config)
         except BaseException:
             await self.stop()
             raise
@@ -116,14 +118,17 @@ class GatewayService:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
-        self._mailbox.close()
+        if self._mailbox is not None:
+            self._mailbox.close()
         if self._listener is not None:
             self._listener.close()
         self._ended.set()
 
-    async def _serve(self, namespace: argparse.Namespace, vllm_config: Any, config: GatewayConfig) -> None:
+    async def _serve(
+        self, mailbox: Mailbox, namespace: argparse.Namespace, vllm_config: Any, config: GatewayConfig
+    ) -> None:
         params = self._params or RouterParams(dispatch_timeout_s=config.dispatch_timeout_s)
-        self._loop = GatewayLoop(self._mailbox, params)
+        self._loop = GatewayLoop(mailbox, params)
         client = FleetCoreClient(self._loop, self._encode)
         self._llm = FleetLLM(vllm_config, client, self._loop, log_stats=not namespace.disable_log_stats)
         tasks = await self._llm.get_supported_tasks()
@@ -151,6 +156,13 @@ class GatewayService:
             await server.serve(sockets=[self._listener] if self._listener else None)
         finally:
             self._ended.set()
+
+
+def _mailbox(token: str) -> Mailbox:
+    try:
+        return Mailbox(token)
+    except ValueError as error:
+        raise GatewayError(str(error)) from error
 
 
 def _configure(config: GatewayConfig) -> tuple[argparse.Namespace, Any]:

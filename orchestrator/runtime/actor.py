@@ -13,6 +13,7 @@ from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator import log
 from orchestrator.admin.service import AdminServer
 from orchestrator.core import Orchestrator
+from orchestrator.errors import StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.runtime.journal import Journal
@@ -36,10 +37,13 @@ class OrchestratorActor:
         self._started = asyncio.Event()
 
     async def start(self, config: bytes) -> bytes:
-        """Start the loop and the admin API. Raises StartUpError when its port is taken."""
+        """Start the loop and the admin API. Raises StartUpError when its port is taken, or without a token."""
         spec = msgspec.json.decode(config, type=OrchestratorSpec)
         log.set_up(spec.log_level)
-        self._mailbox = Mailbox()
+        try:
+            self._mailbox = Mailbox(spec.token)
+        except ValueError as error:
+            raise StartUpError(str(error)) from error
         await self._mailbox.open(spec.host)
         self._journal = Journal(Path(spec.journal), spec.journal_max_bytes) if spec.journal else None
         loop = OrchestratorLoop(

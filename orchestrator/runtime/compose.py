@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeVar
 
@@ -55,6 +55,8 @@ class Composition:
     orchestrator: str
     """Actor name."""
     admin_address: str
+    token: str = field(repr=False)
+    """The fleet's shared secret, for whoever starts a further member."""
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -79,7 +81,7 @@ def instance_specs(config: ServeConfig, token: str) -> list[InstanceSpec]:
     ]
 
 
-def gateway_configs(config: ServeConfig) -> list[GatewayConfig]:
+def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
     return [
         GatewayConfig(
             argv=(config.model, *config.engine_argv),
@@ -87,6 +89,7 @@ def gateway_configs(config: ServeConfig) -> list[GatewayConfig]:
             port=config.port,
             gateway=f"gateway-{index}",
             reuse_port=config.gateways > 1,
+            token=token,
         )
         for index in range(config.gateways)
     ]
@@ -97,7 +100,8 @@ async def compose(
 ) -> Composition:
     """Start everything. Raises StartUpError with the first failure's one line; what has started by then still runs."""
     orchestrator = cluster.make_orchestrator()
-    specs, gateways = instance_specs(config, secrets.token_hex(16)), gateway_configs(config)
+    token = config.token or secrets.token_hex(16)
+    specs, gateways = instance_specs(config, token), gateway_configs(config, token)
     try:
         async with asyncio.TaskGroup() as tasks:
             instance_tasks = [
@@ -128,6 +132,7 @@ async def compose(
         max_migrations=config.max_migrations,
         journal=config.journal,
         log_level=config.log_level,
+        token=token,
     )
     try:
         started = await cluster.start_orchestrator(orchestrator, spec, ORCHESTRATOR_START_S)
@@ -136,7 +141,7 @@ async def compose(
     for url in dict.fromkeys(seat.url for seat in gateway_seats):
         await checks.await_health(url, HEALTHY_S)
     cluster.note_processes()
-    return Composition(instance_seats, gateway_seats, orchestrator, started.admin_address)
+    return Composition(instance_seats, gateway_seats, orchestrator, started.admin_address, token)
 
 
 async def _start_instance(

@@ -47,6 +47,8 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     """File of events and decisions; none when empty."""
     journal_max_bytes: int = 64 << 20
     log_level: str = "INFO"
+    token: str = ""
+    """Shared secret of the fleet, as the instances have it; never empty, never logged."""
 
 
 class OrchestratorStarted(msgspec.Struct, frozen=True):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from instance.engine import Engine
 from instance.types import RequestStatus
+from instance.vllm import handshake
 from migration.errors import CopyFailed
 from migration.types import (
     BlockRange,
@@ -255,8 +257,14 @@ class EngineContract:
     def test_a_reservation_is_refused_when_the_kv_memory_is_of_another_kind(self, pair: EnginePair) -> None:
         request = pair.add(pair.first, Shape(40, 20, prompt_key=24))
         pair.decode_until(pair.first, request, 1)
-        foreign = dataclasses.replace(pair.describe(pair.first, request), kv_fingerprint="another")
-        assert isinstance(pair.second.reserve(pair.new_migration(), foreign, 0), Refusal)
+        description = pair.describe(pair.first, request)
+        known = handshake.decode(description.kv_fingerprint)
+        other = handshake.encode(msgspec.structs.replace(known, kv_dtype="of another kind"))
+        both = f"the source keeps KV as of another kind, this instance {known.kv_dtype}"
+        for fingerprint, why in ((other, both), ("another", "hand-shake cannot be read")):
+            foreign = dataclasses.replace(description, kv_fingerprint=fingerprint)
+            refusal = pair.second.reserve(pair.new_migration(), foreign, 0)
+            assert isinstance(refusal, Refusal) and why in refusal.reason
 
     def test_a_request_that_is_already_here_or_coming_is_refused(self, pair: EnginePair) -> None:
         request = pair.add(pair.first, Shape(40, 20, prompt_key=25))

@@ -1,10 +1,8 @@
-"""Do all carriers keep the same promises? One suite over memory, tcp and shm, and what only sockets can suffer."""
+"""Do all carriers keep the same promises? One suite over memory, tcp (with a buffer and in place) and shm."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,72 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from migration.errors import CopyFailed
-from migration.transports import (
-    BlockReceiver,
-    BlockSender,
-    CarrierParams,
-    MemoryHub,
-    RankMover,
-    open_receiver,
-    open_sender,
-)
-from migration.transports.frames import Begin, FrameKind, FrameSocket, Hello, Welcome
-from migration.transports.receiver import SocketReceiver
-from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
+from migration.transports import CarrierParams, RankMover
+from migration.types import BlockRange, CopyReceipt, MigrationId
 from tests.support.byte_store import GROUP_BLOCK_BYTES, ByteStore
-
-M = MigrationId("m")
-TOKEN = b"secret"
-PARAMS = CarrierParams(chunk_bytes=512, num_slots=2)  # 4 block indexes a chunk
-SOURCE_TABLE: BlockTable = (tuple(range(10, 50)), tuple(range(100, 140)))
-TARGET_TABLE: BlockTable = (tuple(range(200, 160, -1)), tuple(range(0, 80, 2)))
+from tests.support.carrier_link import INDEX_BYTES, KINDS, SOURCE_TABLE, TARGET_TABLE, Kind, Link, M
 
 
-class Link:
-    """A sender and a receiver with a store each."""
-
-    def __init__(self, url: str, params: CarrierParams = PARAMS, sender_token: bytes = TOKEN) -> None:
-        self.here, self.there = ByteStore(1), ByteStore(2)
-        self.hub = MemoryHub()
-        self.receiver: BlockReceiver = open_receiver(self.there, url, TOKEN, params, self.hub)
-        self.sender: BlockSender = open_sender(self.here, sender_token, params, self.hub)
-
-    def push(
-        self, first: int = 0, end: int = 40, migration_id: MigrationId = M, timeout_s: float = 20.0, urgent: bool = True
-    ) -> CopyReceipt:
-        blocks = BlockRange(first, end)
-        return self.sender.push(
-            migration_id, self.receiver.url, SOURCE_TABLE, blocks, timeout_s=timeout_s, urgent=urgent
-        )
-
-    def num_equal(self, first: int = 0, end: int = 40) -> int:
-        return sum(
-            all(
-                self.here.blocks[group][SOURCE_TABLE[group][index]]
-                == self.there.blocks[group][TARGET_TABLE[group][index]]
-                for group in range(2)
-            )
-            for index in range(first, end)
-        )
-
-    def close(self) -> None:
-        self.sender.close()
-        self.receiver.close()
-
-
-URLS = {"memory": "memory://there", "tcp": "tcp://127.0.0.1", "shm": "shm://127.0.0.1"}
-SOCKET_URLS = {name: url for name, url in URLS.items() if name != "memory"}
-
-
-@pytest.fixture(params=list(URLS.values()), ids=list(URLS))
+@pytest.fixture(params=list(KINDS.values()), ids=list(KINDS))
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
-    made = Link(request.param)
-    yield made
-    made.close()
-
-
-@pytest.fixture(params=list(SOCKET_URLS.values()), ids=list(SOCKET_URLS))
-def socket_link(request: pytest.FixtureRequest) -> Iterator[Link]:
     made = Link(request.param)
     yield made
     made.close()
@@ -88,7 +28,7 @@ def test_blocks_land_at_the_receivers_own_ids_in_every_group(link: Link) -> None
     link.receiver.open(M, TARGET_TABLE)
     assert link.num_equal() == 0  # the control: before the push nothing is equal
     receipt = link.push()
-    assert receipt == CopyReceipt(40, 40 * sum(GROUP_BLOCK_BYTES))
+    assert receipt == CopyReceipt(40, 40 * INDEX_BYTES)
     assert link.num_equal() == 40
 
 
@@ -194,9 +134,9 @@ def test_concurrent_migrations_do_not_mix(link: Link) -> None:
     link.receiver.tickets.check_integrity()
 
 
-@pytest.mark.parametrize("url", URLS.values(), ids=URLS.keys())
-def test_a_wrong_token_is_refused(url: str) -> None:
-    link = Link(url, sender_token=b"guess")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_wrong_token_is_refused(kind: Kind) -> None:
+    link = Link(kind, sender_token=b"guess")
     link.receiver.open(M, TARGET_TABLE)
     with pytest.raises(CopyFailed, match="token"):
         link.push()
@@ -204,10 +144,10 @@ def test_a_wrong_token_is_refused(url: str) -> None:
     link.close()
 
 
-@pytest.mark.parametrize("url", URLS.values(), ids=URLS.keys())
-def test_the_budget_paces_a_push_but_not_an_urgent_one(url: str) -> None:
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_budget_paces_a_push_but_not_an_urgent_one(kind: Kind) -> None:
     params = CarrierParams(chunk_bytes=512, num_slots=2, bytes_per_s=20_000)
-    link = Link(url, params)
+    link = Link(kind, params)
     link.receiver.open(M, TARGET_TABLE)
     started = time.monotonic()
     link.push(0, 12, urgent=False)  # three chunks: the third may start after 1,024 / 20,000 s
@@ -240,144 +180,6 @@ def test_breaking_off_ends_a_push_at_once(link: Link) -> None:
     assert link.num_equal() == 40
 
 
-def test_a_deadline_ends_a_push_whose_receiver_hangs(socket_link: Link) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    go_on = threading.Event()
-    link.there.before_scatter = lambda: go_on.wait(20)
-    with pytest.raises(CopyFailed):
-        link.push(timeout_s=0.1)
-    go_on.set()
-
-
-def test_a_receiver_that_dies_in_the_middle_fails_the_push(socket_link: Link) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    assert isinstance(link.receiver, SocketReceiver)
-    receiver = link.receiver
-
-    def die() -> None:
-        with receiver._lock:
-            for frames in receiver._connections:
-                frames.close()
-
-    link.there.before_scatter = die
-    with pytest.raises(CopyFailed):
-        link.push()
-    link.there.before_scatter = lambda: None
-    link.push()
-    assert link.num_equal() == 40
-
-
-def test_a_sender_that_dies_in_the_middle_leaves_a_closable_ticket(socket_link: Link) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    frames = _shake_hands(link)
-    frames.send(FrameKind.BEGIN, Begin("m", 0, 40, 4, False))
-    payload = memoryview(bytes(4 * sum(GROUP_BLOCK_BYTES)))
-    frames.send_chunk(FrameKind.CHUNK, 0, 4, 0, payload)
-    frames._sock.sendall(b"KVF\x01\x04\x00")  # half a header, then gone
-    frames.close()
-    link.receiver.close_ticket(M)
-    assert len(link.there.scattered) <= 1
-
-
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"GET / HTTP/1.1\r\n\r\n" * 4,
-        os.urandom(4096),
-        b"KVF\x02" + bytes(40),
-        b"KVF\x01\x63" + bytes(40),
-        b"KVF\x01\x01" + b"\xff" * 40,
-    ],
-    ids=["http", "random", "other-version", "unknown-kind", "huge-hello"],
-)
-def test_garbage_closes_its_own_connection_only(socket_link: Link, garbage: bytes) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    with _connect(link) as stranger:
-        stranger.settimeout(20)
-        stranger.sendall(garbage)
-        assert _read_to_end(stranger) == b""
-    link.push()
-    assert link.num_equal() == 40
-
-
-@pytest.mark.parametrize(
-    ("first", "count", "num_blocks"), [(4, 4, 4), (0, 40, 40), (0, 4, 3)], ids=["not-next", "too-many", "too-short"]
-)
-def test_a_chunk_that_is_not_the_expected_one_is_not_written(
-    socket_link: Link, first: int, count: int, num_blocks: int
-) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    frames = _shake_hands(link)
-    frames.send(FrameKind.BEGIN, Begin("m", 0, 40, 4, False))
-    frames.send_chunk(FrameKind.CHUNK, first, count, 0, memoryview(bytes(num_blocks * sum(GROUP_BLOCK_BYTES))))
-    frames.set_deadline(time.monotonic() + 20)
-    with pytest.raises((OSError, CopyFailed)):
-        frames.expect(FrameKind.LANDED)
-    assert not link.there.scattered
-    frames.close()
-
-
-def test_a_damaged_chunk_is_noticed_when_chunks_are_summed(socket_link: Link) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    frames = _shake_hands(link)
-    frames.send(FrameKind.BEGIN, Begin("m", 0, 4, 4, True))
-    frames.send_chunk(FrameKind.CHUNK, 0, 4, 12345, memoryview(bytes(4 * sum(GROUP_BLOCK_BYTES))))
-    frames.set_deadline(time.monotonic() + 20)
-    with pytest.raises(CopyFailed, match="checksum"):
-        frames.expect(FrameKind.LANDED)
-    assert not link.there.scattered
-    frames.close()
-
-
-@pytest.mark.parametrize("url", SOCKET_URLS.values(), ids=SOCKET_URLS.keys())
-def test_sums_do_not_disturb_a_sound_push(url: str) -> None:
-    link = Link(url, CarrierParams(chunk_bytes=512, num_slots=2, checksum=True))
-    link.receiver.open(M, TARGET_TABLE)
-    link.push()
-    assert link.num_equal() == 40
-    link.close()
-
-
-def test_a_peer_with_other_blocks_is_refused(socket_link: Link) -> None:
-    other = open_sender(ByteStore(1, (64, 64)), TOKEN, PARAMS)
-    with pytest.raises(CopyFailed, match="another size"):
-        other.push(M, socket_link.receiver.url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=20)
-    other.close()
-
-
-def test_a_connection_is_used_again_and_renewed_when_the_peer_has_closed_it(socket_link: Link) -> None:
-    link = socket_link
-    link.receiver.open(M, TARGET_TABLE)
-    link.push()
-    link.push()
-    assert link.sender.num_idle_connections == 1
-    assert isinstance(link.receiver, SocketReceiver) and link.receiver.num_connections == 1
-    for frames in list(link.receiver._connections):
-        frames.close()
-    while link.receiver.num_connections:
-        threading.Event().wait(0.001)
-    link.push()
-    assert link.num_equal() == 40
-
-
-def test_a_receiver_serves_no_more_connections_than_its_bound() -> None:
-    link = Link("tcp://127.0.0.1", CarrierParams(chunk_bytes=512, max_connections=1))
-    link.receiver.open(M, TARGET_TABLE)
-    link.push()
-    second = open_sender(link.here, TOKEN, PARAMS)
-    with pytest.raises(CopyFailed):
-        second.push(M, link.receiver.url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=20)
-    link.push()
-    second.close()
-    link.close()
-
-
 def test_nobody_at_the_url_fails(link: Link) -> None:
     link.receiver.open(M, TARGET_TABLE)
     link.receiver.close()
@@ -385,60 +187,43 @@ def test_nobody_at_the_url_fails(link: Link) -> None:
         link.push()
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "tcp://127.0.0.1:99999",
-        "tcp://127.0.0.1:port",
-        "tcp://[::1",
-        f"tcp://{'a' * 70}.b:1",
-        "tcp://a\x00b:1",
-        "shm://127.0.0.1",
-        "nccl://127.0.0.1:1",
-        "",
-    ],
-)
-def test_a_url_that_is_none_fails_the_push_and_nothing_else(socket_link: Link, url: str) -> None:
-    link = socket_link
-    with pytest.raises(CopyFailed):
-        link.sender.push(M, url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=20)
+def test_a_slow_receiver_gets_everything_in_order_within_the_deadline(link: Link) -> None:
     link.receiver.open(M, TARGET_TABLE)
+    link.there.before_scatter = lambda: threading.Event().wait(0.005)
     link.push()
     assert link.num_equal() == 40
+    written = [block for ids in link.there.scattered for block in ids[0]]
+    assert written == list(TARGET_TABLE[0])
+    assert len(link.there.scattered) > 1  # the control: it was slow more than once
+
+
+def test_a_deadline_passes_during_a_slow_push(link: Link) -> None:
+    link.receiver.open(M, TARGET_TABLE)
+    link.there.before_scatter = lambda: threading.Event().wait(0.05)
+    with pytest.raises(CopyFailed):
+        link.push(timeout_s=0.12)  # ten chunks
+    assert len(link.there.scattered) < 10
+    link.receiver.close_ticket(M)
+    num_scattered = len(link.there.scattered)
+    with pytest.raises(CopyFailed):
+        link.push()
+    assert len(link.there.scattered) == num_scattered
 
 
 def test_a_store_that_raises_anything_fails_the_push_and_nothing_else(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gather(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access")
 
     link.receiver.open(M, TARGET_TABLE)
     with monkeypatch.context() as patch:
-        patch.setattr(link.here, "gather", gather)
+        patch.setattr(link.here, "views" if link.kind.is_mapped else "gather", fail)
         with pytest.raises(CopyFailed, match="illegal memory access"):
             link.push()
     assert not link.there.scattered
     link.push()
     assert link.num_equal() == 40
-
-
-def test_a_segment_that_cannot_be_shared_falls_back_to_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migration.transports.receiver.map_segment", lambda *_: None)  # as from another host
-    link = Link("shm://127.0.0.1")
-    link.receiver.open(M, TARGET_TABLE)
-    link.push()
-    assert link.num_equal() == 40
-    link.close()
-
-
-def test_a_segment_leaves_nothing_in_the_file_system() -> None:
-    before = set(os.listdir("/dev/shm"))
-    link = Link("shm://127.0.0.1")
-    link.receiver.open(M, TARGET_TABLE)
-    link.push()
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if "kvferry" in name}
-    link.close()
 
 
 def test_the_mover_pushes_and_closes_from_asyncio(link: Link) -> None:
@@ -455,31 +240,3 @@ def test_the_mover_pushes_and_closes_from_asyncio(link: Link) -> None:
     asyncio.run(story())
     assert link.num_equal() == 40
     mover.shut_down()
-
-
-def test_an_unknown_scheme_has_no_carrier() -> None:
-    with pytest.raises(ValueError, match="no carrier"):
-        open_receiver(ByteStore(1), "nccl://0", TOKEN, PARAMS)
-
-
-def _connect(link: Link) -> socket.socket:
-    host, port = link.receiver.url.split("://")[1].split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
-
-
-def _shake_hands(link: Link) -> FrameSocket:
-    frames = FrameSocket(_connect(link))
-    frames.set_deadline(time.monotonic() + 20)
-    frames.send(FrameKind.HELLO, Hello(TOKEN, GROUP_BLOCK_BYTES))
-    frames.receive_control(frames.expect(FrameKind.WELCOME), Welcome)
-    return frames
-
-
-def _read_to_end(sock: socket.socket) -> bytes:
-    data = b""
-    try:
-        while part := sock.recv(4096):
-            data += part
-    except ConnectionResetError:
-        pass  # it closed with our garbage unread
-    return data

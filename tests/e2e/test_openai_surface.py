@@ -81,7 +81,7 @@ def surface(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surface]:
     processes = start_instances(specs, tmp_path_factory.mktemp("logs"))
     gateway = GatewayThread()
     try:
-        gateway.start(GatewayConfig(flags(), port=0), [process.member for process in processes])
+        gateway.start(GatewayConfig(flags(), port=0, token="test"), [process.member for process in processes])
         it = Surface(gateway, processes)
         yield it
         it.http.close()

@@ -47,7 +47,7 @@ class World:
 
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
-    cluster, mailbox = FakeCluster(), Mailbox()
+    cluster, mailbox = FakeCluster(), Mailbox("test")
     await mailbox.open()
     params = LoopParams(tick_s=0.02)
     loop = OrchestratorLoop(Orchestrator(CoreParams()), cluster, mailbox, params)

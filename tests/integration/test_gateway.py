@@ -18,6 +18,7 @@ from orchestrator.gateway.http import check_port_free
 from orchestrator.gateway.service import GatewayService
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.gateway.types import RouterParams
+from tests.support.fleet import TOKEN
 from tests.support.scripted_instance import ScriptedInstance, encode_for_script, expected_tokens
 from tests.support.word_model import make_word_model, words
 
@@ -64,7 +65,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, **changes: Any) -> GatewayConfig:
-    return GatewayConfig((str(model), "--served-model-name", MODEL), port=changes.pop("port", 0), **changes)
+    changes = {"port": 0, "token": TOKEN, **changes}
+    return GatewayConfig((str(model), "--served-model-name", MODEL), **changes)
 
 
 @pytest_asyncio.fixture
@@ -329,8 +331,13 @@ async def test_a_port_in_use_is_one_clear_line(model: Path) -> None:
 async def test_a_mistake_in_the_arguments_is_one_clear_line(model: Path, argv: tuple[str, ...], line: str) -> None:
     arguments = tuple(str(model) if one == "MODEL" else one for one in argv)
     with pytest.raises(GatewayError, match=line) as caught:
-        await GatewayService().start(GatewayConfig(arguments, port=0))
+        await GatewayService().start(GatewayConfig(arguments, port=0, token=TOKEN))
     assert "\n" not in str(caught.value)
+
+
+async def test_a_gateway_without_the_fleets_token_does_not_start(model: Path) -> None:
+    with pytest.raises(GatewayError, match="token is empty"):
+        await GatewayService().start(config(model, token=""))
 
 
 async def test_stopping_ends_open_streams_within_three_seconds_and_frees_the_port(front: Front, model: Path) -> None:

@@ -15,7 +15,7 @@ from instance.fake_model import FakeRequest
 from migration.types import RequestId
 from orchestrator.gateway.service import GatewayService
 from orchestrator.gateway.spec import GatewayConfig, Member
-from tests.support.fleet import Fleet, expected_output, fleet_of
+from tests.support.fleet import TOKEN, Fleet, expected_output, fleet_of
 from tests.support.scripted_instance import encode_for_script
 from tests.support.word_model import make_word_model, words
 
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def front(model: Path) -> AsyncIterator[Front]:
     async with fleet_of(2, "--step-time-ms", "4") as fleet:
         service = GatewayService(encode=encode_for_script)
-        started = await service.start(GatewayConfig((str(model), "--served-model-name", MODEL), port=0))
+        started = await service.start(GatewayConfig((str(model), "--served-model-name", MODEL), port=0, token=TOKEN))
         client = openai.AsyncOpenAI(base_url=f"{started.url}/v1", api_key="none", max_retries=0, timeout=30)
         try:
             service.set_members(Member(one.instance, one.epoch, one.address) for one in fleet.members.values())

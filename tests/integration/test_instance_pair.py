@@ -7,9 +7,11 @@ import random
 
 import pytest
 
+from instance.errors import StartError
 from instance.mailbox import Mailbox
 from instance.messages import Abort, MigrationEnvelope
-from instance.spec import MigrationSummary
+from instance.service import InstanceService
+from instance.spec import EngineKind, InstanceSpec, MigrationSummary
 from migration.types import Incarnation
 from tests.support.fleet import Fleet, a_request, expected_output, fleet_of
 
@@ -302,14 +304,15 @@ async def test_malformed_and_foreign_messages_are_counted_and_change_nothing() -
         fleet.gateway.mailbox.send(member.address, MigrationEnvelope("x", 1, "tcp://127.0.0.1:1", 1, b"\xffrubbish"))
         fleet.gateway.mailbox.send(member.address, MigrationEnvelope("x", 1, "tcp://127.0.0.1:1", 9, b"\xffrubbish"))
         fleet.gateway.mailbox.send(member.address, fleet.gateway.answers["r"])
-        stranger = Mailbox()
+        stranger = Mailbox("guessed")
         await stranger.open()
-        stranger.send(member.address, Abort(("nobody",)))
+        stranger.send(member.address, Abort(("r",)))
         await fleet.finish("r")
         stranger.close()
         assert fleet.gateway.tokens("r") == expected_output(request)
         assert service.agent.counts.malformed_migration == 2
         assert service.agent.counts.unexpected == 1
+        assert service.mailbox.counts.strangers == 1, "an abort with another token aborts nothing"
         await fleet.check_rest()
 
 
@@ -354,6 +357,26 @@ async def test_a_stop_is_prompt_even_while_a_commit_is_unanswered() -> None:
         await fleet.services.pop("i0").stop()
         assert asyncio.get_running_loop().time() - begun_s < 3.0
         await moving
+
+
+async def test_an_instance_without_a_token_does_not_start() -> None:
+    with pytest.raises(StartError, match="token is empty"):
+        await InstanceService().start(InstanceSpec("i0", 1, EngineKind.FAKE))
+
+
+async def test_an_instance_of_another_fleet_takes_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. One instance was started with another token. 2. A request is moved to it. 3. Nobody answers, it stays."""
+    request = a_request(16, 100, 400)
+    async with fleet_of(1) as fleet:
+        monkeypatch.setattr("tests.support.fleet.TOKEN", "another")
+        there = await fleet.add("i1")
+        await fleet.run("i0", "r", request, 5)
+        moving = asyncio.create_task(fleet.services["i0"].migrate("r", there))
+        await fleet.finish("r")
+        assert (await moving).outcome in ("finished_at_source", "timed_out")
+        assert fleet.services["i1"].mailbox.counts.strangers > 0 == fleet.services["i1"].mailbox.counts.received
+        assert fleet.gateway.tokens("r") == expected_output(request)
+        await fleet.check_rest()
 
 
 async def test_a_destination_that_was_declared_dead_is_refused_at_once() -> None:

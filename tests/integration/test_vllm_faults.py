@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
 
 from instance.errors import StartError
 from instance.messages import OutputEntry
@@ -122,7 +123,9 @@ def test_min_tokens_with_many_stop_ids_is_refused_on_the_v2_runner(
     scheduler: Any = SimpleNamespace(
         max_model_len=1000,
         block_size=32,
-        kv_cache_manager=SimpleNamespace(block_pool=SimpleNamespace(num_gpu_blocks=100)),
+        kv_cache_manager=SimpleNamespace(
+            block_pool=SimpleNamespace(num_gpu_blocks=100), coordinator=SimpleNamespace(single_type_managers=())
+        ),
         use_v2_model_runner=is_v2,
         _ferry_whole_seeded_prefills=False,
     )
@@ -141,7 +144,7 @@ def test_min_tokens_with_many_stop_ids_is_refused_on_the_v2_runner(
         ("kv_transfer_params", {"do_remote_prefill": True}, "connector"),
         ("mm_features", ["an image"], "multimodal"),
         ("prompt_embeds", object(), "embeddings"),
-        ("lora_request", object(), "LoRA"),
+        ("lora_request", SimpleNamespace(load_inplace=True), "LoRA"),
         ("sampling_params", None, "pooling"),
     ],
 )
@@ -189,10 +192,15 @@ def test_a_missing_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Request.no_such_method" in str(compat.why_unsupported())
 
 
-def test_an_engine_that_moves_nothing_still_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "engine_version", lambda: "0.99.0")
+@pytest.mark.parametrize("what", ["0.99.0", "EngineCore.add_lora"])
+def test_an_engine_that_moves_nothing_still_serves_and_says_why(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Of another version, or of ours without one of the names we need."""
+    if what == "0.99.0":
+        monkeypatch.setattr(compat, "engine_version", lambda: what)
+    else:
+        monkeypatch.delattr(EngineCore, "add_lora")
     engine = start_engine()
-    assert "0.99.0" in str(engine.facts.migration_refused_because)
+    assert what in str(engine.facts.migration_refused_because)
     kit = shared_kit()
     pair = EnginePair(VllmKit(engine, kit.second))
     shape = Shape(60, 12, prompt_key=80)
@@ -200,7 +208,7 @@ def test_an_engine_that_moves_nothing_still_serves_and_says_why(monkeypatch: pyt
     assert tokens == pair.run_alone(kit.second, shape)
     request_id = pair.add(engine, shape)
     pair.decode_until(engine, request_id, 3)
-    assert "0.99.0" in str(engine.describe(request_id))
+    assert what in str(engine.describe(request_id))
     assert engine.requests()[0].movable is False
     assert engine.load().num_running == 1
     pair.finish(engine, request_id)
@@ -280,6 +288,8 @@ def test_requests_and_outputs_survive_the_wire() -> None:
     entry = OutputEntry("a", 7, (5, 6), 1, None, ())
     decoded = decode_output(entry)
     assert (decoded.new_token_ids, str(decoded.finish_reason)) == ([5, 6], "length")
+    with pytest.raises(CodecError, match="77"):
+        decode_output(OutputEntry("a", 7, (5, 6), 77, None, ()))
 
 
 def test_bytes_that_are_no_request_and_values_that_need_pickle_are_refused() -> None:

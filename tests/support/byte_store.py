@@ -43,3 +43,14 @@ class ByteStore:
                     self.blocks[group][block][:] = data[start : start + size]
                     start += size
         assert start == len(data)
+
+
+class MappedByteStore(ByteStore):
+    """One whose memory sockets may read and write themselves: `migration.transports.store.HostKVStore`."""
+
+    def views(self, block_ids: BlockTable) -> list[memoryview]:
+        if any(block_ids):
+            self.before_scatter()
+            with self._lock:
+                self.scattered.append(block_ids)
+        return [memoryview(self.blocks[group][block]) for group, ids in enumerate(block_ids) for block in ids]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from instance.messages import OutputEntry
@@ -60,13 +61,19 @@ class Comparison:
     """One kind of request on a pair of engines, with and without migrations; caches are emptied before each run."""
 
     def __init__(
-        self, kit: VllmKit, prompt_key: int, num_prompt_tokens: int, params: Callable[[], SamplingParams]
+        self,
+        kit: VllmKit,
+        prompt_key: int,
+        num_prompt_tokens: int,
+        params: Callable[[], SamplingParams],
+        adapter: LoRARequest | None = None,
     ) -> None:
         self.pair = EnginePair(kit)
         self.first: VllmEngine = kit.first
         self.second: VllmEngine = kit.second
         self._prompt = prompt_of(prompt_key, num_prompt_tokens)
         self._params = params
+        self._adapter = adapter
 
     def close(self) -> None:
         self.pair.drain()
@@ -75,7 +82,7 @@ class Comparison:
     def start(self) -> RequestId:
         assert self.first.reset_prefix_cache() and self.second.reset_prefix_cache()
         request_id = self.pair.new_id()
-        refusal = self.first.add(submission_of(request_id, self._prompt, self._params()))
+        refusal = self.first.add(submission_of(request_id, self._prompt, self._params(), lora_request=self._adapter))
         assert refusal is None, refusal
         return request_id
 

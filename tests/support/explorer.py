@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -32,6 +31,47 @@ class Exploration(Generic[State]):
     broken: Broken | None
 
 
+class _Found(Generic[State]):
+    """The states met so far, numbered in the order in which they were met, each with the step that first led there."""
+
+    def __init__(self, start: State) -> None:
+        self.states: list[State] = [start]
+        self.numbers: dict[State, int] = {start: 0}
+        self.parents: list[int] = [0]
+        self.steps: list[str] = [""]
+        self.before: list[list[int]] = [[]]
+
+    def add(self, state: State, parent: int, step: str) -> None:
+        number = self.numbers.setdefault(state, len(self.states))
+        if number == len(self.states):
+            self.states.append(state)
+            self.parents.append(parent)
+            self.steps.append(step)
+            self.before.append([parent])
+        else:
+            self.before[number].append(parent)
+
+    def steps_to(self, number: int) -> tuple[str, ...]:
+        steps: list[str] = []
+        while number:
+            steps.append(self.steps[number])
+            number = self.parents[number]
+        return tuple(reversed(steps))
+
+    def first_dead_end(self, is_rest: Callable[[State], bool]) -> int | None:
+        todo = [number for number, state in enumerate(self.states) if is_rest(state)]
+        is_alive = bytearray(len(self.states))
+        for number in todo:
+            is_alive[number] = 1
+        while todo:
+            for previous in self.before[todo.pop()]:
+                if not is_alive[previous]:
+                    is_alive[previous] = 1
+                    todo.append(previous)
+        dead = is_alive.find(0)
+        return None if dead < 0 else dead
+
+
 def explore(
     start: State,
     successors: Callable[[State], Iterable[tuple[str, State]]],
@@ -44,52 +84,28 @@ def explore(
 
     Besides `find_fault`, every state must have a way to one that `is_rest` (no dead ends). Raises `TooManyStates`.
     """
-    parents: dict[State, tuple[State, str] | None] = {start: None}
-    before: dict[State, list[State]] = {start: []}
-    todo = deque([start])
-    num_steps = 0
-    while todo:
-        state = todo.popleft()
+    found = _Found(start)
+    num_steps = number = 0
+
+    def broken(why: str) -> Exploration[State]:
+        return Exploration(len(found.states), num_steps, Broken(why, found.steps_to(number)))
+
+    while number < len(found.states):
+        state = found.states[number]
         why = find_fault(state)
         if why is not None:
-            return Exploration(len(parents), num_steps, Broken(why, _steps_to(state, parents)))
+            return broken(why)
         try:
             for step, following in successors(state):
                 num_steps += 1
-                if following not in parents:
-                    parents[following] = (state, step)
-                    before[following] = []
-                    todo.append(following)
-                before[following].append(state)
+                found.add(following, number, step)
         except AssertionError as error:
-            return Exploration(len(parents), num_steps, Broken(str(error), _steps_to(state, parents)))
-        if len(parents) > max_states:
+            return broken(str(error))
+        if len(found.states) > max_states:
             raise TooManyStates(f"more than {max_states} states")
-    dead_end = _first_dead_end(parents, before, is_rest)
+        number += 1
+    dead_end = found.first_dead_end(is_rest)
     if dead_end is not None:
-        steps = _steps_to(dead_end, parents)
-        return Exploration(len(parents), num_steps, Broken("from here no state of rest can be reached", steps))
-    return Exploration(len(parents), num_steps, None)
-
-
-def _steps_to(state: State, parents: dict[State, tuple[State, str] | None]) -> tuple[str, ...]:
-    steps: list[str] = []
-    parent = parents[state]
-    while parent is not None:
-        state, step = parent
-        steps.append(step)
-        parent = parents[state]
-    return tuple(reversed(steps))
-
-
-def _first_dead_end(
-    parents: dict[State, tuple[State, str] | None], before: dict[State, list[State]], is_rest: Callable[[State], bool]
-) -> State | None:
-    alive = {state for state in parents if is_rest(state)}
-    todo = list(alive)
-    while todo:
-        for previous in before[todo.pop()]:
-            if previous not in alive:
-                alive.add(previous)
-                todo.append(previous)
-    return next((state for state in parents if state not in alive), None)
+        number = dead_end
+        return broken("from here no state of rest can be reached")
+    return Exploration(len(found.states), num_steps, None)

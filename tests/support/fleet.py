@@ -27,13 +27,15 @@ from instance.spec import EngineKind, InstanceSpec, InstanceStarted
 from migration.types import Epoch, Incarnation, InstanceId
 
 PATIENCE_S = 20.0
+TOKEN = "test"
+"""The secret of every fleet in these tests."""
 
 
 class Gateway:
     """An inbox that keeps all it hears, and checks at once that no token comes twice and offsets fit."""
 
     def __init__(self) -> None:
-        self.mailbox = Mailbox()
+        self.mailbox = Mailbox(TOKEN)
         self.answers: dict[str, SubmitAnswer] = {}
         self.entries: dict[str, list[tuple[str, OutputEntry]]] = defaultdict(list)
         self.owners: dict[str, list[OwnerChanged]] = defaultdict(list)
@@ -141,7 +143,7 @@ class Fleet:
     async def add(self, instance: str, *flags: str, epoch: int = 1, **spec: Any) -> Incarnation:
         service = InstanceService()
         argv = ("fake", "--step-time-ms", "1", *flags)
-        whole = InstanceSpec(instance, epoch, EngineKind.FAKE, argv, token="test", **spec)
+        whole = InstanceSpec(instance, epoch, EngineKind.FAKE, argv, token=TOKEN, **spec)
         self.started[instance] = await service.start(whole)
         self.services[instance] = service
         self.members[instance] = Incarnation(InstanceId(instance), Epoch(epoch), self.started[instance].address)
@@ -196,4 +198,4 @@ def a_request(key: int, num_prompt_tokens: int = 60, max_tokens: int = 200, seed
     return FakeRequest(prompt, max_tokens, seed)
 
 
-__all__ = ["Fleet", "Gateway", "a_request", "expected_output", "fleet_of"]
+__all__ = ["TOKEN", "Fleet", "Gateway", "a_request", "expected_output", "fleet_of"]

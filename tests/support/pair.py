@@ -62,9 +62,12 @@ class Sabotage:
 
     skip_block: int | None = None
     """This block index is not copied."""
+    blank: tuple[int, int] | None = None
+    """(KV-cache group, block index): what the null block holds is sent in its place."""
     skip_tail: bool = False
     """Blocks left at the stop are not copied."""
     alter_state: Callable[[bytes], bytes] | None = None
+    alter_description: Callable[[Description], Description] | None = None
 
 
 class Refused(AssertionError):
@@ -240,6 +243,8 @@ class _Ferry:
     def run(self, num_stages: int, steps_between: int, without_kv: bool) -> Ferried:
         pair, source, destination = self.pair, self.source, self.destination
         description = pair.describe(source, self.request_id)
+        if self.sabotage.alter_description:
+            description = self.sabotage.alter_description(description)
         if without_kv:
             stopped = pair.stop(source, self.request_id, without_kv=True)
             description = Description(
@@ -290,6 +295,11 @@ class _Ferry:
                 raise Refused(grown.reason)
             self.num_blocks = grown.num_blocks
             self.pair.open(self.destination, self.migration, grown.block_table)
+        if self.sabotage.blank is not None:
+            group, index = self.sabotage.blank
+            ids = [list(ids) for ids in block_table]
+            ids[group][index : index + 1] = [0]
+            block_table = tuple(tuple(group_ids) for group_ids in ids)
         first, self.num_copied = self.num_copied, max(end, self.num_copied)
         for blocks in self._ranges(first, end):
             self.pair.push(self.source, self.destination, self.migration, block_table, blocks)

@@ -15,6 +15,7 @@ from instance.fake_model import FakeRequest, encode_fake
 from instance.mailbox import Mailbox
 from instance.messages import Abort, Frame, LoadReport, OutputEntry, Submit, SubmitAnswer, Subscribe
 from orchestrator.gateway.spec import Member
+from tests.support.fleet import TOKEN
 from tests.support.idle_report import report
 
 FINISH_LENGTH = 1
@@ -53,7 +54,7 @@ class ScriptedInstance:
     running: dict[str, _Running] = field(default_factory=dict)
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    _mailbox: Mailbox = field(default_factory=Mailbox)
+    _mailbox: Mailbox = field(default_factory=lambda: Mailbox(TOKEN))
     _subscribers: set[str] = field(default_factory=set)
     _seen: dict[str, int] = field(default_factory=dict)
     _step: int = 0

@@ -17,6 +17,7 @@ import psutil
 
 from orchestrator.admin.client import AdminClient
 from orchestrator.cli_status import as_values
+from tests.support.fleet import TOKEN
 
 KVFERRY = (sys.executable, "-c", "from orchestrator.cli import main; main()")
 READY_LINE = "serving; Ctrl-C stops everything"
@@ -65,7 +66,7 @@ class Serving:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "KVFERRY_TOKEN": TOKEN, **(environment or {})},
         )
 
     @property

@@ -10,14 +10,17 @@ import sys
 
 from vllm.sampling_params import SamplingParams
 
+from instance.vllm.host import VllmEngine
 from tests.support.exactness import Comparison
 from tests.support.pair import Sabotage
 from tests.support.vllm_kit import VllmKit, start_engine
 
 
 def main(carrier: str) -> None:
-    flags = {"tensor_parallel_size": 2, "max_num_seqs": 4}
-    kit = VllmKit(start_engine((carrier,), **flags), start_engine((carrier,), **flags))
+    def start() -> VllmEngine:
+        return start_engine((carrier,), tensor_parallel_size=2, max_num_seqs=4)
+
+    kit = VllmKit(start(), start())
     result: dict[str, object] = {
         "endpoints": len(kit.first.mover.endpoints()),
         "refused": kit.first.facts.migration_refused_because,

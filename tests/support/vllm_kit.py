@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import random
 import time
+from pathlib import Path
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -22,7 +24,7 @@ NUM_BLOCKS = 64
 MAX_MODEL_LEN = 1024
 
 
-def engine_argv(**changes: object) -> tuple[str, ...]:
+def engine_argv(model: Path | None = None, **changes: object) -> tuple[str, ...]:
     """Flags of a small engine; `changes` by flag name, None to leave one out, True for a bare flag."""
     flags: dict[str, object] = {
         "dtype": "float32",
@@ -35,7 +37,7 @@ def engine_argv(**changes: object) -> tuple[str, ...]:
         "disable_log_stats": True,
         **changes,
     }
-    argv = [str(tiny_model_path())]
+    argv = [str(model or tiny_model_path())]
     for name, value in flags.items():
         if value is not None:
             argv.append(f"--{name.replace('_', '-')}")
@@ -44,8 +46,8 @@ def engine_argv(**changes: object) -> tuple[str, ...]:
     return tuple(argv)
 
 
-def start_engine(carriers: tuple[str, ...] = ("tcp",), **changes: object) -> VllmEngine:
-    return VllmEngine.from_argv(engine_argv(**changes), carriers, "127.0.0.1", "a-token")
+def start_engine(carriers: tuple[str, ...] = ("tcp",), model: Path | None = None, **changes: object) -> VllmEngine:
+    return VllmEngine.from_argv(engine_argv(model, **changes), carriers, "127.0.0.1", "a-token")
 
 
 def prompt_of(key: int, num_tokens: int, vocabulary: int = 500) -> list[int]:
@@ -59,6 +61,7 @@ def submission_of(
     params: SamplingParams,
     priority: int = 0,
     cache_salt: str | None = None,
+    lora_request: LoRARequest | None = None,
     **fields: Any,
 ) -> Submission:
     """As a gateway would make it (vLLM's InputProcessor does these last touches there)."""
@@ -69,7 +72,7 @@ def submission_of(
         sampling_params=params,
         pooling_params=None,
         arrival_time=time.time(),
-        lora_request=None,
+        lora_request=lora_request,
         cache_salt=cache_salt,
         data_parallel_rank=None,
         priority=priority,

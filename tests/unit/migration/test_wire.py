@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import msgspec
@@ -57,6 +58,27 @@ def test_another_version_is_refused() -> None:
 def test_other_content_is_malformed(body: object) -> None:
     with pytest.raises(MalformedMessage):
         wire.decode(wire.PREFIX + msgspec.msgpack.encode(body))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("lease_s", value) for value in (math.nan, -1.0, -math.inf)),
+        *(("settled_tokens", value) for value in (-1, 2**31, 2**64 - 1)),
+        *(("block_size", value) for value in (0, -1)),
+        ("num_preemptions", -1),
+    ],
+)
+def test_a_number_nobody_can_reckon_with_is_malformed(field: str, value: float) -> None:
+    reserve = next(example for example in EXAMPLES if isinstance(example, msg.Reserve))
+    with pytest.raises(MalformedMessage, match=field):
+        wire.decode(wire.encode(msgspec.structs.replace(reserve, **{field: value})))
+
+
+@pytest.mark.parametrize("message", [msg.Prepare("mm"), msg.Refused("m", "mm"), msg.Cancel("m", "mm")])
+def test_text_that_is_no_utf_8_is_malformed(message: Message) -> None:
+    with pytest.raises(MalformedMessage, match="utf-8"):
+        wire.decode(wire.encode(message).replace(b"mm", b"\xff\x99"))
 
 
 def test_too_large_a_message_is_neither_sent_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ async def test_a_call_over_a_broken_connection_has_failed_but_its_actor_is_not_g
 
 async def lose_instance_0(cluster: FakeCluster) -> None:
     """Run a loop with two instances, end the first, and wait until no fence is on its way any more."""
-    mailbox = Mailbox()
+    mailbox = Mailbox("test")
     await mailbox.open()
     loop = OrchestratorLoop(Orchestrator(CoreParams()), cluster, mailbox, LoopParams(retry_s=0.001))
     running = asyncio.create_task(loop.run())

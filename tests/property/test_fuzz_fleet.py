@@ -1,0 +1,99 @@
+"""What do hostile messages of members do to a gateway's router and to the orchestrator's core? They never raise.
+
+An exception in either would end the process that holds them: every open stream, or every decision.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from instance.errors import MalformedFleetMessage
+from instance.mailbox import decode, encode
+from instance.messages import FleetMessage, Frame, LoadReport, OutputEntry, OwnerChanged, RequestReport, SubmitAnswer
+from instance.seal import MAC_BYTES, Seal
+from migration.types import Epoch, Incarnation, InstanceId, RequestId
+from orchestrator.core import Orchestrator
+from orchestrator.events import InstanceStarted, ReportReceived, RequestsReceived, Ticked
+from orchestrator.gateway.router import Router
+from orchestrator.gateway.types import Outgoing, RouterParams
+from orchestrator.state import CoreParams
+from tests.support.mutate import Mutator
+from tests.support.reports import load_report, request_load, request_report
+
+SEAL, HERE = Seal("test"), "tcp://gateway"
+HEADER_BYTES = 1 + MAC_BYTES
+NAMES = ("instance-0", "instance-1")
+LOAD = load_report("instance-0", step=7, num_running=2, free_blocks=900)
+
+
+def messages_of(mutator: Mutator, num_frames: int) -> list[FleetMessage]:
+    """Those of the frames that a member's parser lets through."""
+    found: list[FleetMessage] = []
+    for _ in range(num_frames):
+        frame = mutator.frame()
+        body = frame[HEADER_BYTES:]
+        try:
+            found.append(decode(frame[:1] + SEAL.mac(HERE, body) + body, SEAL, HERE))
+        except MalformedFleetMessage:
+            continue
+    return found
+
+
+def members() -> list[Incarnation]:
+    return [Incarnation(InstanceId(name), Epoch(1), f"tcp://{name}") for name in NAMES]
+
+
+def outgoing(number: int) -> Outgoing:
+    request_id = f"r{number % 20}"
+    return Outgoing(RequestId(request_id), request_id, 0, 10, 50, b"payload", lambda other: other.encode())
+
+
+def test_a_router_takes_six_thousand_hostile_frames() -> None:
+    router = Router(HERE, RouterParams(dispatch_timeout_s=3.0, suspect_for_s=5.0, unanswered_for_s=1.0))
+    router.set_members(members(), 0.0)
+    valid: tuple[FleetMessage, ...] = (
+        *(load_report(name, step=9, free_blocks=900) for name in NAMES),
+        *(SubmitAnswer(f"r{number}", "instance-0", 1) for number in range(20)),
+        SubmitAnswer("r1", "instance-0", 1, "busy", False),
+        *(Frame("instance-0", 1, 8, 0.5, (OutputEntry(f"r{n}", 0, (1, 2)),), LOAD) for n in range(20)),
+        Frame("instance-1", 1, 8, 0.5, (OutputEntry("r1", 2, (3,), 1), OutputEntry("r2", 5, (4,))), LOAD),
+        OwnerChanged("r1", "instance-1", 1, 2),
+    )
+    mutator = Mutator(11, [encode(message, SEAL, HERE) for message in valid], HEADER_BYTES)
+    kinds: Counter[str] = Counter()
+    now_s = 0.0
+    for number, message in enumerate(messages_of(mutator, 6_000)):
+        kinds[type(message).__name__] += 1
+        now_s += 0.01
+        router.on_message(message, now_s)
+        if number % 7 == 0 and RequestId(f"r{number % 20}") not in router.relay:
+            router.submit(outgoing(number), now_s)
+        if number % 11 == 0:
+            router.tick(now_s)
+        if number % 50 == 0:
+            router.check_integrity()
+    router.tick(now_s + 100.0)
+    router.check_integrity()
+    assert min(kinds[kind.__name__] for kind in (LoadReport, Frame, SubmitAnswer, OwnerChanged)) > 20, kinds
+
+
+def test_the_core_takes_four_thousand_hostile_reports() -> None:
+    core = Orchestrator(CoreParams())
+    for incarnation in members():
+        core.on(InstanceStarted(incarnation, f"actor-{incarnation.instance}", "tiny", 16, 1000, process_id=7), 0.0)
+    valid: tuple[FleetMessage, ...] = (
+        *(load_report(name, step=9, free_blocks=10, num_running=9) for name in NAMES),
+        *(request_report(name, *(request_load(f"r{n}") for n in range(5)), step=9) for name in NAMES),
+    )
+    mutator = Mutator(12, [encode(message, SEAL, HERE) for message in valid], HEADER_BYTES)
+    kinds: Counter[str] = Counter()
+    now_s = 0.0
+    for message in messages_of(mutator, 4_000):
+        kinds[type(message).__name__] += 1
+        now_s += 0.05
+        if isinstance(message, LoadReport):
+            core.on(ReportReceived(message), now_s)
+        elif isinstance(message, RequestReport):
+            core.on(RequestsReceived(message), now_s)
+        core.on(Ticked(), now_s)
+    assert min(kinds[kind.__name__] for kind in (LoadReport, RequestReport)) > 200, kinds

@@ -1,0 +1,272 @@
+"""What can the source's side do next? Its machine, engine, timers and shell; nothing of the peer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from migration import effects as ef
+from migration import events as ev
+from migration.types import BlockRange, CopyReceipt, NotStopped
+from tests.support.protocol_machines import Machines
+from tests.support.protocol_scenario import (
+    BLOCK_SIZE,
+    Disturbance,
+    Engine,
+    Interner,
+    Life,
+    Packet,
+    Scenario,
+    with_number,
+    without_numbers,
+)
+
+
+class Needs(IntEnum):
+    """What must be so elsewhere for a move to be possible."""
+
+    NOTHING = 0
+    CLIENT_LEFT = 1
+    DESTINATION_ENDED = 2
+    SOURCE_ENDED = 3
+    LANDS = 4
+    """The destination can be written."""
+    CANNOT_LAND = 5
+
+
+class Move(NamedTuple):
+    """One step of a side: its number after it, the packets it posts."""
+
+    step: str
+    side: int
+    posts: tuple[int, ...] = ()
+    cost: int = 0
+    """Of the faults that may happen."""
+    needs: Needs = Needs.NOTHING
+    copy: tuple[str, int, int] | None = None
+    """(endpoint, first block, end)."""
+
+
+class SourceSide(NamedTuple):
+    machine: int
+    engine: Engine
+    visits: tuple[int, ...] = ()
+    """Effects under way."""
+    timers: tuple[int, ...] = ()
+    life: Life = Life.UP
+    is_told: bool = False
+    """The destination's epoch has ended, says the agent."""
+    has_heard: bool = False
+    """Of the client's leaving."""
+    is_preempted: bool = False
+    has_finished: bool = False
+    has_withdrawn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SendLost:
+    """A visit that ends in `SendFailed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyLeft:
+    """A copy that was broken off: it may have ended before."""
+
+    copy: ef.CopyBlocks
+
+
+_LAST_VISITS = (ef.StopRequest, ef.ResumeRequest, ef.ReleaseRequest)
+
+
+class SourceRules:
+    """Sides are numbers; the moves of each are computed once."""
+
+    def __init__(self, scenario: Scenario, machines: Machines, intern: Interner, first_machine: int) -> None:
+        self._scenario = scenario
+        self._machines = machines
+        self._intern = intern
+        self._first_machine = first_machine
+        self._moves: dict[int, tuple[Move, ...]] = {}
+        self._received: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+        self._unsent: dict[int, int] = {}
+
+    def start(self) -> tuple[int, tuple[int, ...]]:
+        return self._event(SourceSide(self._first_machine, Engine.RUNNING), ev.Started())
+
+    def look(self, side: int) -> SourceSide:
+        return self._intern.values[side]  # type: ignore[no-any-return]
+
+    def moves(self, side: int) -> tuple[Move, ...]:
+        if side not in self._moves:
+            self._moves[side] = tuple(self._all_moves(self.look(side)))
+        return self._moves[side]
+
+    def receive(self, side: int, packet: int) -> tuple[int, tuple[int, ...]]:
+        """The side after a message has come, and its answers."""
+        key = (side, packet)
+        if key not in self._received:
+            now, came = self.look(side), self._intern.values[packet]
+            is_fenced = now.is_told and came.from_epoch == 1
+            self._received[key] = (side, ()) if is_fenced else self._event(now, came.message)
+        return self._received[key]
+
+    def send_fails(self, side: int) -> int:
+        """What it said could not be handed over."""
+        if side not in self._unsent:
+            now = self.look(side)
+            failing = now._replace(visits=with_number(now.visits, self._intern(SendLost())))
+            self._unsent[side] = self._intern(failing)
+        return self._unsent[side]
+
+    def _all_moves(self, side: SourceSide) -> Iterator[Move]:
+        may = self._scenario.may
+        if side.life is Life.DOWN and may(Disturbance.RESTART):
+            yield Move("the source comes back, knowing nothing", self._intern(side._replace(life=Life.AGAIN)))
+        if side.life in (Life.DOWN, Life.AGAIN):
+            return
+        for number in side.visits:
+            rest = side._replace(visits=without_numbers(side.visits, number))
+            yield from self._answers(rest, self._intern.values[number])
+        for number in side.timers:
+            timer = self._intern.values[number]
+            rest = side._replace(timers=without_numbers(side.timers, number))
+            yield Move(f"source: timer {timer.value}", *self._event(rest, ev.TimerFired(timer)))
+        if not side.is_told:
+            told = self._event(side._replace(is_told=True), ev.DestinationLost())
+            yield Move("the source hears that the destination's epoch has ended", *told, needs=Needs.DESTINATION_ENDED)
+        if not side.has_heard:
+            is_here = side.engine in (Engine.RUNNING, Engine.STOPPED)
+            aborted = side._replace(has_heard=True, engine=Engine.OVER if is_here else side.engine)
+            left = self._event(aborted, ev.ClientAborted())
+            yield Move("the source hears that the client left", *left, needs=Needs.CLIENT_LEFT)
+        yield from self._disturbances(side)
+
+    def _disturbances(self, side: SourceSide) -> Iterator[Move]:
+        may = self._scenario.may
+        if not side.has_withdrawn and may(Disturbance.WITHDRAWAL):
+            off = self._event(side._replace(has_withdrawn=True), ev.Withdrawn("called off"))
+            yield Move("the agent calls it off", *off)
+        if side.engine is Engine.RUNNING and not side.has_finished and may(Disturbance.FINISH):
+            finished = side._replace(engine=Engine.OVER, has_finished=True)
+            yield Move("it finishes at the source", self._intern(finished))
+        if may(Disturbance.SOURCE_CRASH):
+            gone = SourceSide(
+                self._first_machine,
+                Engine.OVER,
+                life=Life.DOWN,
+                is_preempted=side.is_preempted,
+                has_finished=side.has_finished,
+            )
+            yield Move("the source crashes", self._intern(gone))
+        if side.life is Life.UP and may(Disturbance.SOURCE_FENCED):
+            yield Move("the source is declared dead", self._intern(side._replace(life=Life.FENCED)))
+
+    def _answers(self, side: SourceSide, effect: Any) -> Iterator[Move]:
+        """How an effect under way may end."""
+        is_gone = side.engine is Engine.OVER
+        match effect:
+            case SendLost():
+                yield Move("source: a message cannot be sent", *self._event(side, ev.SendFailed("no way")))
+            case ef.DescribeRequest() | ef.ReadProgress() if is_gone:
+                yield Move("source: it is gone", *self._event(side, ev.RequestGone()))
+            case ef.DescribeRequest():
+                described = self._event(side, ev.RequestDescribed(self._scenario.description))
+                yield Move("source: described", *described)
+                yield Move("source: it cannot be moved", *self._event(side, ev.RequestUnmovable("no")), cost=1)
+                yield Move("source: describing fails", *self._event(side, ev.EngineFailed("fault")), cost=1)
+            case ef.ReadProgress():
+                yield from self._looks(side)
+            case ef.CopyBlocks():
+                yield from self._copies(side, effect)
+            case CopyLeft(copy):
+                yield from self._copies(side, copy)
+            case ef.StopRequest():
+                yield from self._stops(side)
+            case ef.ResumeRequest():
+                yield from self._put_right(side, "resumed", Engine.RUNNING, ev.RequestResumed())
+            case ef.ReleaseRequest():
+                yield from self._put_right(side, "released", Engine.OVER, ev.RequestReleased())
+            case _:
+                raise AssertionError(f"the source's side does not know {effect}")
+
+    def _looks(self, side: SourceSide) -> Iterator[Move]:
+        looks = self._scenario.looks
+        look = looks[min(len(self._machines.look(side.machine).stages), len(looks) - 1)]
+        yield Move("source: looked", *self._event(side, ev.ProgressRead(look)))
+        preempted = replace(look, num_preemptions=look.num_preemptions + 1)
+        after = self._event(side._replace(is_preempted=True), ev.ProgressRead(preempted))
+        yield Move("source: looked, it was preempted", *after, cost=1)
+        yield Move("source: the look fails", *self._event(side, ev.EngineFailed("fault")), cost=1)
+
+    def _copies(self, side: SourceSide, effect: ef.CopyBlocks) -> Iterator[Move]:
+        blocks: BlockRange = effect.blocks
+        copy = (effect.endpoints[0], blocks.first, blocks.end)
+        copied = self._event(side, ev.BlocksCopied(CopyReceipt(len(blocks), 8 * len(blocks))))
+        yield Move("source: copied", *copied, needs=Needs.LANDS, copy=copy)
+        broken = self._event(side, ev.CopyBroken("cut"))
+        yield Move("source: the copy breaks", *broken, needs=Needs.CANNOT_LAND, copy=copy)
+        yield Move("source: the copy breaks", *broken, cost=1)
+
+    def _stops(self, side: SourceSide) -> Iterator[Move]:
+        if side.engine is Engine.OVER:
+            why = NotStopped.ABORTED if side.has_heard else NotStopped.FINISHED
+            yield Move(f"source: {why.value} before the stop", *self._event(side, ev.StopDeclined(why)))
+            return
+        stopped = side._replace(engine=Engine.STOPPED)
+        yield Move("source: stopped", *self._event(stopped, ev.StopGranted(self._scenario.stopped)))
+        preempted = replace(self._scenario.stopped, num_preemptions=self._scenario.stopped.num_preemptions + 1)
+        late = self._event(stopped._replace(is_preempted=True), ev.StopGranted(preempted))
+        yield Move("source: stopped, it had been preempted", *late, cost=1)
+        declined = self._event(side, ev.StopDeclined(NotStopped.UNMOVABLE))
+        yield Move("source: it cannot be stopped", *declined, cost=1)
+        yield Move("source: the stop fails", *self._event(side, ev.EngineFailed("fault")), cost=1)
+        yield Move("source: stopped, but the stop fails", *self._event(stopped, ev.EngineFailed("fault")), cost=1)
+
+    def _put_right(self, side: SourceSide, name: str, engine: Engine, event: Any) -> Iterator[Move]:
+        after = side._replace(engine=engine) if side.engine is Engine.STOPPED else side
+        yield Move(f"source: {name}", *self._event(after, event))
+        yield Move(f"source: {name}, but the visit fails", *self._event(after, ev.EngineFailed("fault")), cost=1)
+        if side.engine is Engine.STOPPED:
+            stuck = side._replace(engine=Engine.STUCK)
+            yield Move(f"source: not {name}, the visit fails", *self._event(stuck, ev.EngineFailed("fault")), cost=1)
+
+    def _event(self, side: SourceSide, event: Any) -> tuple[int, tuple[int, ...]]:
+        """The shell applies an event: nothing reaches a machine that is done or gone."""
+        if side.life in (Life.DOWN, Life.AGAIN) or self._machines.look(side.machine).is_done:
+            return self._intern(side), ()
+        number, effects = self._machines.step(side.machine, event)
+        side, posts = side._replace(machine=number), []
+        for effect in effects:
+            match effect:
+                case ef.Send(message):
+                    posts.append(self._intern(Packet(True, 1, message)))
+                case ef.SetTimer(timer):
+                    side = side._replace(timers=with_number(side.timers, self._intern(timer)))
+                case ef.ClearTimer(timer):
+                    side = side._replace(timers=without_numbers(side.timers, self._intern(timer)))
+                case ef.ForgetCopy():
+                    side = self._break_off(side)
+                case _:
+                    self._check_copy(number, side, effect)
+                    side = side._replace(visits=with_number(side.visits, self._intern(effect)))
+        if self._machines.look(number).is_done:
+            visits = [self._intern.values[visit] for visit in side.visits]
+            assert not any(isinstance(visit, _LAST_VISITS) for visit in visits), "done while its engine is being asked"
+            side = side._replace(visits=(), timers=())
+        return self._intern(side), tuple(posts)
+
+    def _break_off(self, side: SourceSide) -> SourceSide:
+        for number in side.visits:
+            effect = self._intern.values[number]
+            if isinstance(effect, ef.CopyBlocks):
+                left = self._intern(CopyLeft(effect))
+                return side._replace(visits=with_number(without_numbers(side.visits, number), left))
+        return side
+
+    def _check_copy(self, number: int, side: SourceSide, effect: Any) -> None:
+        if isinstance(effect, ef.CopyBlocks) and not effect.urgent:
+            progress = self._machines.look(number).progress
+            is_full = effect.blocks.end * BLOCK_SIZE <= progress.settled_tokens
+            assert is_full, "a block is copied that can still change"
