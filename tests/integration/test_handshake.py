@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,15 +28,14 @@ def fine_tuned(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmEngine, VllmEngine]]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[VllmEngine, VllmEngine]:
     """Of one model by name and shape; between their starts its weights were replaced."""
     model = Path(shutil.copytree(tiny_model_path(), tmp_path_factory.mktemp("model") / "tiny"))
     first = start_engine(model=model)
     fine_tuned(model)
     second = start_engine(model=model)
-    yield first, second
-    first.close()
-    second.close()
+    # Neither is closed: that would end vLLM's process groups, which the engines of other tests in this process share.
+    return first, second
 
 
 def described(engine: VllmEngine) -> Description:
