@@ -40,20 +40,7 @@ from rich.progress import Progress as Bar
 from vllm.tokenizers import get_tokenizer
 
 from bench.exactness_compare import Compound, was_found
-from bench.exactness_kinds import (
-    BLOCK_TOKENS,
-    BY_NAME,
-    ELSEWHERE,
-    ENGINE_FLAGS,
-    KINDS,
-    NOT_MOVED,
-    SHARES,
-    Kind,
-    Plan,
-    Scene,
-    Vocabulary,
-    plan_of,
-)
+from bench.exactness_kinds import BY_NAME, ELSEWHERE, KINDS, NOT_MOVED, Kind, Plan, Vocabulary, plan_of
 from bench.exactness_progress import (
     BatchRecord,
     HopRecord,
@@ -68,10 +55,10 @@ from bench.exactness_progress import (
 )
 from bench.exactness_runs import NAMES, Runs
 from bench.exactness_sabotage import CONTROLS
+from bench.exactness_scenes import MODEL, SHARES, Scene, engine_argv
 from bench.fleet import PROGRAM, Fleet, FleetError
 from bench.report import write_result
 
-MODEL = Path(__file__).parent / "models" / "tiny"
 DEFAULT_PROGRESS = Path("bench-out/exactness.jsonl")
 LOGS = DEFAULT_PROGRESS.parent
 """Where the instances print to."""
@@ -83,11 +70,6 @@ MAX_MIGRATIONS = 4
 MAX_TRIES = 10
 """A kind is given up when so many times its share (and some batches) did not find enough of it in its state."""
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
-
-def engine_argv(scene: Scene) -> tuple[str, ...]:
-    common = ("--dtype", "float32", "--max-model-len", "1024", "--block-size", str(BLOCK_TOKENS))
-    return (str(MODEL), *common, "--kv-cache-memory-bytes", str(64 << 20), *ENGINE_FLAGS[scene])
 
 
 def shares_of(kinds: Sequence[Kind], num_requests: int) -> dict[str, int]:
@@ -151,8 +133,7 @@ class Bench:
         missing = {kind: self._missing(kind) for kind in self._wanted(scene)}
         tried = {kind: self._tried(kind) for kind in missing}
         plans: list[Plan] = []
-        # A crowd is what makes requests wait, be preempted, be cut into chunks: there the batches are always full.
-        while len(plans) < BATCH and (scene is not Scene.ROOMY or any(count > 0 for count in missing.values())):
+        while len(plans) < BATCH and (scene.needs_crowd or any(count > 0 for count in missing.values())):
             kind = max(missing, key=lambda kind: missing[kind])
             plans.append(plan_of(kind, self._options.seed + tried[kind], self._vocabulary))
             missing[kind] -= 1

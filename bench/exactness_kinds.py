@@ -14,6 +14,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from bench.exactness_scenes import ADAPTERS, Scene
 from bench.models.make_chats import chat, render_chat, tool_chat
 from bench.models.make_text import plain_document
 
@@ -22,30 +23,8 @@ MIN_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS = 30, 70
 MAX_HOPS = 4
 LAST_HOP_SHARE = 0.7
 """Of a request's longest output: no hop is planned later."""
-BLOCK_TOKENS = 32
 NEW_REGEX_WORDS = 400
 """As many take a while to compile."""
-
-
-class Scene(Enum):
-    """What the two instances are like. One pair runs at a time."""
-
-    ROOMY = "roomy"
-    CHUNKED = "chunked"
-    """A step computes 24 tokens at most: prompts take many."""
-    TIGHT = "tight"
-    """Few blocks and few slots: requests wait, and those of low priority are preempted."""
-
-
-ENGINE_FLAGS: Mapping[Scene, tuple[str, ...]] = {
-    Scene.ROOMY: ("--max-num-seqs", "32", "--num-gpu-blocks-override", "513"),
-    Scene.CHUNKED: ("--max-num-seqs", "16", "--num-gpu-blocks-override", "513", "--max-num-batched-tokens", "24"),
-    Scene.TIGHT: ("--max-num-seqs", "6", "--num-gpu-blocks-override", "46", "--scheduling-policy", "priority"),
-}
-SHARES: Mapping[Scene, int] = {Scene.ROOMY: 2, Scene.CHUNKED: 2, Scene.TIGHT: 1}
-"""Of the requests, for each kind of the scene: in the tight one most tries find the request in another state."""
-AT_ONCE: Mapping[Scene, int] = {Scene.ROOMY: 16, Scene.CHUNKED: 10, Scene.TIGHT: 24}
-"""Requests in both instances together, moved and unmoved."""
 
 
 class Found(Enum):
@@ -96,6 +75,8 @@ class Kind:
     """Of its hops, drawn at random."""
     grammar: Callable[[Random], dict[str, Any]] | None = None
     prompt_tokens: tuple[int, int] = (MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
+    adapters: tuple[str, ...] = ()
+    """One of them, drawn at random; none if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +99,7 @@ class Plan:
     """Of each of its `n` sequences."""
     begins: tuple[int, ...]
     """The instance (0 or 1) at which each sequence begins."""
+    adapter: str | None
     tokenizer: Any = field(repr=False, compare=False)
 
     @property
@@ -149,7 +131,8 @@ def plan_of(kind: Kind, seed: int, vocabulary: Vocabulary) -> Plan:
     hops = tuple(_hops(rng, kind, sampling["max_tokens"]) for _ in range(num_sequences))
     begins = tuple(rng.randrange(2) for _ in range(num_sequences))
     grammar = None if kind.grammar is None else kind.grammar(rng)
-    return Plan(kind, seed, prompt, sampling, grammar, hops, begins, vocabulary.tokenizer)
+    adapter = rng.choice(kind.adapters) if kind.adapters else None
+    return Plan(kind, seed, prompt, sampling, grammar, hops, begins, adapter, vocabulary.tokenizer)
 
 
 def _hops(rng: Random, kind: Kind, max_tokens: int) -> tuple[Hop, ...]:
@@ -309,7 +292,7 @@ def _new_regex(rng: Random) -> dict[str, Any]:
 
 GREEDY = fixed(logprobs=2)
 SEEDED = fixed(temperature=1.0, seed=0, logprobs=2)
-CHUNKED, TIGHT = Scene.CHUNKED, Scene.TIGHT
+CHUNKED, TIGHT, ADAPTED, WINDOWED = Scene.CHUNKED, Scene.TIGHT, Scene.ADAPTED, Scene.WINDOWED
 LONG = (200, MAX_PROMPT_TOKENS)
 LONGEST = (400, 800)
 CROWD = (240, 300)
@@ -364,23 +347,31 @@ KINDS: tuple[Kind, ...] = (
     Kind("preempted, seeded", SEEDED, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD),
     Kind("preempted, penalties", _penalties, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD),
     Kind("preempted, regex", SEEDED, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD, grammar=_regex),
+    Kind("adapter", GREEDY, ADAPTED, adapters=ADAPTERS),
+    Kind("adapter, seeded", SEEDED, ADAPTED, adapters=ADAPTERS),
+    Kind("adapter, penalties", _penalties, ADAPTED, adapters=ADAPTERS),
+    Kind("adapter, regex", SEEDED, ADAPTED, grammar=_regex, adapters=ADAPTERS),
+    Kind("adapter, cached there", GREEDY, ADAPTED, Found.CACHED_THERE, prompt_tokens=LONG, adapters=ADAPTERS),
+    Kind("windows", GREEDY, WINDOWED),
+    Kind("windows, seeded", SEEDED, WINDOWED),
+    Kind("windows, penalties", _seeded_penalties, WINDOWED),
+    Kind("windows, regex", SEEDED, WINDOWED, grammar=_regex),
+    Kind("windows, cached at the source", SEEDED, WINDOWED, Found.CACHED_HERE, prompt_tokens=LONG),
+    Kind("windows, cached at the destination", GREEDY, WINDOWED, Found.CACHED_THERE, prompt_tokens=LONG),
 )
 BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 
 NOT_MOVED: tuple[str, ...] = (
     "prompt logprobs that are not complete (moved once they are)",
-    "multimodal inputs",
     "prompt embeddings",
     "pooling",
     "streaming sessions",
     "requests under a KV or encoder connector",
+    "LoRA adapters that are loaded in place, or whose files have changed since",
+    "sampled requests that are decoded speculatively",
+    "audio, video, images embedded by the client, images with an adapter, submissions over 32 MiB",
 )
-"""Kinds that `describe` refuses with a reason; no request of them is in the run."""
+"""Kinds that `describe` refuses with a reason (instance/vllm/refusals.py); no request of them is in the run."""
 
-ELSEWHERE: tuple[str, ...] = (
-    "LoRA adapters",
-    "ngram speculation",
-    "sliding window beside full attention",
-    "tensor parallelism",
-)
+ELSEWHERE: tuple[str, ...] = ("images", "greedy ngram speculation", "sliding windows alone", "tensor parallelism")
 """Kinds that need another model or other engines: tests/integration moves them, this run does not."""

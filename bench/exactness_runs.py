@@ -16,7 +16,8 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from bench.exactness_compare import Compound, Leg, Moved, Ran, Seen, read
-from bench.exactness_kinds import AT_ONCE, Compared, Found, Plan
+from bench.exactness_kinds import Compared, Found, Plan
+from bench.exactness_scenes import AT_ONCE, adapter_of
 from bench.fleet import Fleet, FleetError, Stream
 from instance.standalone import Verb
 
@@ -148,7 +149,7 @@ class Runs:
             sampling_params=params,
             pooling_params=None,
             arrival_time=0.0,
-            lora_request=None,
+            lora_request=adapter_of(plan.adapter),
             cache_salt=salt,
             data_parallel_rank=None,
             external_req_id=name,

@@ -28,6 +28,7 @@ CONTROLS: Mapping[str, str] = {
     "grammar": "the grammar is not replayed over the output",
     "parameters": "bias, allowed and bad words, min_tokens and stop ids stay behind",
     "offset": "the stream goes on one token too early",
+    "adapter": "the LoRA adapter stays behind",
     "release": "the source never frees what it gave away",
 }
 
@@ -112,6 +113,19 @@ def _parameters() -> None:
     host.decode_described = stripped
 
 
+def _adapter() -> None:
+    host, codec = _module("instance.vllm.host"), _module("instance.vllm.codec")
+    decode = host.decode_described
+
+    def plain(payload: bytes) -> Any:
+        described = decode(payload)
+        request = codec.decode_request(described.core)
+        request.lora_request = None
+        return msgspec.structs.replace(described, core=codec.encode_request(request), adapter=None)
+
+    host.decode_described = plain
+
+
 def _offset() -> None:
     table = _module("instance.stream").StreamTable
     begin = table.open
@@ -134,6 +148,7 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "outputs": _outputs,
     "grammar": _grammar,
     "parameters": _parameters,
+    "adapter": _adapter,
     "offset": _offset,
     "release": _release,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,7 +20,7 @@ from vllm.v1.engine import EngineCoreRequest
 from instance.mailbox import Mailbox
 from instance.messages import Abort, Frame, OutputEntry, Submit, SubmitAnswer
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
-from instance.standalone import Order, Reply, StartFailed, Verb
+from instance.standalone import Order, Reply, StartFailed, Verb, told
 from instance.vllm.codec import encode_request
 from migration.types import Epoch, Incarnation, InstanceId
 
@@ -117,14 +118,16 @@ class Instance:
     @classmethod
     async def start(cls, spec: InstanceSpec, program: Sequence[str] = PROGRAM, log: Path | None = None) -> Instance:
         """`log`: where its stderr goes instead of ours. Raises FleetError with the instance's own words."""
+        argument, environment = told(spec)
         with ExitStack() as stack:
             stderr = None if log is None else stack.enter_context(log.open("wb"))
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 *program,
-                msgspec.json.encode(spec).decode(),
+                argument,
                 cwd=ROOT,
+                env=os.environ | environment,
                 start_new_session=True,  # Ctrl-C is for the bench, which then stops its instances
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

@@ -277,7 +277,7 @@ class Agent:
         if isinstance(message, Reserve | Grow | Prepare | Commit | CancelMigration):
             self._incoming.deliver(message, sender)
         else:
-            self._outgoing.deliver(message)
+            self._outgoing.deliver(message, sender)
 
     def _incoming_ended(self, report: IncomingReport) -> None:
         if report.outcome is Outcome.COMMITTED:

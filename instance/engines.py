@@ -12,10 +12,12 @@ from instance.errors import StartError
 from instance.fake import FakeEngine
 from instance.fake_scheduler import FakeConfig
 from instance.seal import carrier_token
-from instance.spec import EngineKind, InstanceSpec
+from instance.spec import Carrier, EngineKind, InstanceSpec
 from migration.transports import CarrierParams, KVStore, RankMover, open_receiver, open_sender
+from migration.transports.nccl import why_unavailable
 
 PUSH_TIMEOUT_S = 30.0
+_OTHERWISE = "use --carrier shm or --carrier tcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,9 @@ class EngineChoice:
 
 
 def choose_engine(spec: InstanceSpec) -> EngineChoice:
-    """Raises StartError when the spec's flags cannot be read."""
+    """Raises StartError when the spec's flags cannot be read, or contradict each other."""
+    if spec.carrier is Carrier.NCCL and spec.carrier_checksum:
+        raise StartError(f"the carrier nccl knows no checksums: leave --carrier-checksum out, or {_OTHERWISE}")
     match spec.engine:
         case EngineKind.VLLM:
             return EngineChoice(lambda: _make_vllm(spec), min_step_s=0.0)
@@ -40,12 +44,15 @@ def _make_vllm(spec: InstanceSpec) -> Engine:
     from instance.vllm.flags import FlagError, with_memory_share  # noqa: PLC0415
     from instance.vllm.host import VllmEngine  # noqa: PLC0415
 
+    # Known at once, and not after minutes of loading. vLLM is imported by now: it sets how torch looks for devices.
+    if spec.carrier is Carrier.NCCL and (reason := why_unavailable()) is not None:
+        raise StartError(f"the carrier nccl cannot be used here: {reason}; mend that, or {_OTHERWISE}")
     try:
         argv = with_memory_share(spec.engine_argv, spec.num_sharing)
     except FlagError as error:
         raise StartError(str(error)) from error
     token = carrier_token(spec.token)
-    engine: Engine = VllmEngine.from_argv(argv, carriers=spec.carriers, host=spec.host, token=token)
+    engine: Engine = VllmEngine.from_argv(argv, spec.carrier, spec.host, token, spec.carrier_checksum)
     return engine
 
 
@@ -81,12 +88,12 @@ def _choose_fake(spec: InstanceSpec) -> EngineChoice:
 
 
 def _socket_mover(store: KVStore, spec: InstanceSpec) -> RankMover:
-    if not spec.carriers:
-        raise StartError("no carrier is offered: name at least one of shm, tcp")
-    token, params = carrier_token(spec.token).encode(), CarrierParams()
+    if spec.carrier is Carrier.NCCL:
+        raise StartError(f"the carrier nccl needs KV memory on a GPU, and the fake engine has none: {_OTHERWISE}")
+    token, params = carrier_token(spec.token).encode(), CarrierParams(checksum=spec.carrier_checksum)
     try:
-        receiver = open_receiver(store, f"{spec.carriers[0]}://{spec.host}", token, params)
+        receiver = open_receiver(store, f"{spec.carrier.value}://{spec.host}", token, params)
     except (ValueError, OSError) as error:
-        raise StartError(f"the carrier {spec.carriers[0]} cannot listen on {spec.host}: {error}") from error
+        raise StartError(f"the carrier {spec.carrier.value} cannot listen on {spec.host}: {error}") from error
     sender = open_sender(store, token, params)
     return RankMover(sender, receiver, push_timeout_s=PUSH_TIMEOUT_S, num_threads=spec.max_migrations_out + 1)

@@ -19,5 +19,9 @@ class MalformedFleetMessage(InstanceError):
     """Bytes from an inbox are no fleet message of this version."""
 
 
+class ReplayedMessage(InstanceError):
+    """Bytes from an inbox that a member sent, and that came before (or so long ago that nobody can tell)."""
+
+
 class StrangerMessage(InstanceError):
     """Bytes from an inbox whose MAC is missing or wrong: not from a member of this fleet, or not for this inbox."""

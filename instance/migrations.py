@@ -263,11 +263,11 @@ class Outgoing:
             return never_finished(migration, Outcome.FAULT, "the instance stopped first")
         return summary(running.result(), adapter.steps_during_copy)
 
-    def deliver(self, message: ToSource) -> None:
-        """Answers of migrations that are over are dropped."""
+    def deliver(self, message: ToSource, sender: Incarnation) -> None:
+        """Answers of migrations that are over are dropped, and those of others than the destination (by the driver)."""
         leaving = self._drivers.get(MigrationId(message.migration_id))
         if leaving is not None:
-            leaving.driver.deliver(message)
+            leaving.driver.deliver(message, sender)
 
     def client_aborted(self, request_id: RequestId) -> None:
         for leaving in tuple(self._drivers.values()):

@@ -2,7 +2,7 @@
 
 The proof is of membership, not of a person: all members share one token. It covers the frame's version, the inbox it is
 meant for and every byte of its body, so a frame for one inbox is worth nothing at another one. It does not hide the
-body, and it does not notice a frame that is said twice.
+body, and it does not notice a frame that is said twice: `replay.py` does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import hmac
 
 MAC_BYTES = 16
-_INBOX = b"kvferry-inbox-2"
+_INBOX = b"kvferry-inbox-3"
 """Purpose and wire version of this MAC (blake2b's `person`): no other use of the token gives the same bytes."""
 _CARRIER = b"kvferry-carrier"
 

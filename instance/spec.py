@@ -12,6 +12,16 @@ class EngineKind(Enum):
     FAKE = "fake"
 
 
+class Carrier(Enum):
+    """What moves KV blocks between instances."""
+
+    SHM = "shm"
+    """Shared memory; between two machines it goes through the socket by itself."""
+    TCP = "tcp"
+    NCCL = "nccl"
+    """From GPU to GPU; needs CuPy's NCCL, and knows no checksum."""
+
+
 class InstanceSpec(msgspec.Struct, frozen=True):
     """One instance to start."""
 
@@ -22,8 +32,10 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     """`vllm serve` arguments, the model first, exactly as a user would write them."""
     host: str = "127.0.0.1"
     """Address the inbox and the carriers bind to and are reached at."""
-    carriers: tuple[str, ...] = ("shm", "tcp")
-    """Kinds of carrier offered, best first; shm only ever serves peers on the same host."""
+    carrier: Carrier = Carrier.SHM
+    carrier_checksum: bool = False
+    """Send a sum with every chunk of blocks; the receiver writes no chunk that does not match its own. Each sender says
+    whether it sums, so members need not be alike."""
     token: str = ""
     """Shared secret of the fleet, never empty: it authenticates inboxes and carriers. Never logged."""
     num_sharing: int = 1

@@ -1,7 +1,8 @@
 """How does an instance run without Ray? ``python -m instance.standalone SPEC_JSON``, for tests and benches.
 
-The first line on stdout is `InstanceStarted`, or ``{"error": ...}``. Then one `Order` a line on stdin, one `Reply` a
-line on stdout; it ends with status 0 on SIGTERM or at the end of stdin. All else that is printed goes to stderr.
+The fleet's token is not in SPEC_JSON but in the environment: others can read a command line. The first line on stdout
+is `InstanceStarted`, or ``{"error": ...}``. Then one `Order` a line on stdin, one `Reply` a line on stdout; it ends
+with status 0 on SIGTERM or at the end of stdin. All else that is printed goes to stderr.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from migration.types import Incarnation
 
 _LOG = logging.getLogger(__name__)
 
+TOKEN_VARIABLE = "KVFERRY_TOKEN"
 BAD_INPUT_STATUS = 2
 ENGINE_FAILED_STATUS = 70
 
@@ -172,16 +174,31 @@ async def run(spec: InstanceSpec, out: BinaryIO) -> int:
     return ENGINE_FAILED_STATUS if failed else 0
 
 
+def told(spec: InstanceSpec) -> tuple[str, dict[str, str]]:
+    """What a process is started with: SPEC_JSON, and what its environment needs beside the rest."""
+    return msgspec.json.encode(msgspec.structs.replace(spec, token="")).decode(), {TOKEN_VARIABLE: spec.token}
+
+
+def spec_told(argument: str) -> InstanceSpec:
+    """The other end of `told`; the token is taken out of the environment, so that no child inherits it. Raises
+    StartError."""
+    try:
+        spec = msgspec.json.decode(argument, type=InstanceSpec)
+    except msgspec.DecodeError as error:
+        raise StartError(f"the one argument must be an InstanceSpec in JSON: {error}") from error
+    if spec.token:
+        raise StartError(f"the token belongs into {TOKEN_VARIABLE}: others can read a command line")
+    return msgspec.structs.replace(spec, token=os.environ.pop(TOKEN_VARIABLE, ""))
+
+
 def main() -> None:
     # The engine's libraries print to stdout: it becomes stderr for them, and the lines get the pipe for themselves.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        spec = msgspec.json.decode(sys.argv[1] if len(sys.argv) == 2 else "", type=InstanceSpec)
-    except msgspec.DecodeError as error:
-        out.write(
-            msgspec.json.encode(StartFailed(f"the one argument must be an InstanceSpec in JSON: {error}")) + b"\n"
-        )
+        spec = spec_told(sys.argv[1] if len(sys.argv) == 2 else "")
+    except StartError as error:
+        out.write(msgspec.json.encode(StartFailed(str(error))) + b"\n")
         out.flush()
         sys.exit(BAD_INPUT_STATUS)
     status = asyncio.run(run(spec, out))

@@ -18,12 +18,12 @@ from migration.effects import SourceEffect
 from migration.errors import ChannelClosed, CopyFailed, EngineFault, RemoteProtocolError
 from migration.events import SourceEvent
 from migration.incoming import IncomingReport, IncomingTable
-from migration.messages import Cancel, ToSource
+from migration.messages import Cancel, Refused, ToSource
 from migration.params import MigrationParams
 from migration.ports import BlockMover, ControlChannel, SourceEngine
 from migration.source import SourceMachine
 from migration.table import SourceState
-from migration.types import Migration, MigrationReport, NotStopped, Outcome, Refusal
+from migration.types import Incarnation, Migration, MigrationReport, NotStopped, Outcome, Refusal
 
 __all__ = ["IncomingReport", "IncomingTable", "SourceDriver"]
 
@@ -45,6 +45,8 @@ class SourceDriver:
         self.migration = migration
         self.num_protocol_errors = 0
         """Messages the peer should not have sent; they were dropped."""
+        self.num_strangers = 0
+        """Messages of others than the incarnation that was asked; they were dropped."""
         self._params = params
         self._machine = SourceMachine(migration, params)
         self._channel = channel
@@ -91,15 +93,28 @@ class SourceDriver:
             self._tasks = None
         return self._machine.report() if self._failure is None else await self._report_failure(self._failure)
 
-    def deliver(self, message: ToSource) -> None:
-        """A message of the destination. One that the protocol does not allow now is counted, logged and dropped."""
+    def deliver(self, message: ToSource, sender: Incarnation) -> None:
+        """A message from an inbox; `sender` is the envelope's. One that is not the destination's, or that the protocol
+        does not allow now, is counted, logged and dropped."""
         if self._tasks is None:
             return  # before the start or after the end: a stray repetition
+        if not self._may_answer(message, sender):
+            self.num_strangers += 1
+            kind = type(message).__name__
+            _LOG.warning("%s: dropped %s of %s", self.migration.migration_id, kind, sender)
+            return
         try:
             self._apply(message)
         except RemoteProtocolError as error:
             self.num_protocol_errors += 1
             _LOG.warning("%s: dropped a message: %s", self.migration.migration_id, error)
+
+    def _may_answer(self, message: ToSource, sender: Incarnation) -> bool:
+        """Another epoch of the destination may only decline to reserve: nothing is held or owned then."""
+        asked = self.migration.destination
+        if sender.instance != asked.instance:
+            return False
+        return sender.epoch == asked.epoch or (isinstance(message, Refused) and self.state is SourceState.RESERVING)
 
     def client_aborted(self) -> None:
         """The client left. The agent aborts the request in the engine as well."""

@@ -33,6 +33,7 @@ Admin = Annotated[
     ),
 ]
 _MINE = "Cluster"
+_CARRIAGE = "Moving KV blocks"
 _TUNING = "Rebalancing"
 
 
@@ -41,6 +42,10 @@ def _option(text: str, variable: str, default: object, panel: str = _MINE, hidde
     help_text = f"{text} Default: {default}. (KVFERRY_{variable})"
     option: OptionInfo = typer.Option(help=help_text, show_default=False, rich_help_panel=panel, hidden=hidden)
     return option
+
+
+_CARRIER = "What moves KV blocks: shm, tcp, or nccl (GPUs only; never run on one yet)."
+_CHECKSUM = "Sum every chunk of blocks, and refuse one that came otherwise. Not with nccl."
 
 
 @app.command(
@@ -56,6 +61,16 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     port: Annotated[int | None, _option("Port of the OpenAI endpoint.", "PORT", 8000)] = None,
     admin_port: Annotated[int | None, _option("Port of the admin API, on 127.0.0.1.", "ADMIN_PORT", 50051)] = None,
     ray_address: Annotated[str | None, _option("A running Ray to join.", "RAY_ADDRESS", "own")] = None,
+    carrier: Annotated[str | None, _option(_CARRIER, "CARRIER", "shm", _CARRIAGE)] = None,
+    carrier_checksum: Annotated[
+        bool | None,
+        typer.Option(
+            "--carrier-checksum/--no-carrier-checksum",
+            help=f"{_CHECKSUM} Default: no. (KVFERRY_CARRIER_CHECKSUM)",
+            show_default=False,
+            rich_help_panel=_CARRIAGE,
+        ),
+    ] = None,
     rebalance: Annotated[
         bool | None,
         typer.Option(
@@ -95,6 +110,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "port": port,
         "admin_port": admin_port,
         "ray_address": ray_address,
+        "carrier": carrier,
+        "carrier_checksum": carrier_checksum,
         "rebalance": rebalance,
         "tick_s": tick_s,
         "threshold_steps": threshold_steps,
@@ -175,7 +192,7 @@ def undrain(
 
 
 @app.command()
-def demo(
+def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
     duration: Annotated[float, typer.Option(metavar="SECONDS", help="How long requests are sent.")] = 60.0,
     trace: Annotated[
         Path | None, typer.Option(help="Azure CSV or Mooncake JSONL. Default: a generated workload.")
@@ -185,11 +202,21 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Hugging Face folder or hub name. Default: the small model.")
     ] = None,
+    carrier: Annotated[str, typer.Option(help="What moves KV blocks: shm or tcp.")] = "shm",
+    carrier_checksum: Annotated[bool, typer.Option("--carrier-checksum", help=_CHECKSUM)] = False,
 ) -> None:
     """Two instances under uneven load, requests that move, every answer checked."""
     from orchestrator.demo import DemoOptions, run  # noqa: PLC0415
 
-    options = DemoOptions(duration_s=duration, trace=trace, seed=seed, out=out, model=model)
+    options = DemoOptions(
+        duration_s=duration,
+        trace=trace,
+        seed=seed,
+        out=out,
+        model=model,
+        carrier=carrier,
+        carrier_checksum=carrier_checksum,
+    )
     raise typer.Exit(run(options))
 
 

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from instance.spec import Carrier
 from orchestrator.errors import ConfigError
 
 PREFIX = "KVFERRY_"
@@ -45,6 +46,8 @@ class ServeConfig:
     ray_address: str = ""
     """Empty: a Ray of our own, which ends with us."""
     engine: Engine = Engine.VLLM
+    carrier: Carrier = Carrier.SHM
+    carrier_checksum: bool = False
     rebalance: bool = True
     tick_s: float = 0.5
     threshold_steps: float = 512.0
@@ -73,6 +76,10 @@ class ServeConfig:
         _require(self.rest_s >= 0, f"--rest-s is {self.rest_s:g}, it cannot be negative")
         _require(1 <= self.max_migrations <= 16, f"--max-migrations is {self.max_migrations}, it must be from 1 to 16")
         _require(self.start_timeout_s > 0, f"--start-timeout-s is {self.start_timeout_s:g}, it must be positive")
+        _require(
+            not (self.carrier is Carrier.NCCL and self.carrier_checksum),
+            "--carrier nccl knows no checksums: leave --carrier-checksum out, or use --carrier shm or --carrier tcp",
+        )
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from instance.spec import Carrier
 from orchestrator.config import Engine, ServeConfig
 from orchestrator.errors import StartUpError
 from orchestrator.runtime import checks
@@ -51,6 +52,8 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def _resources(config: ServeConfig, cluster: RayCluster, tensor_parallel_size: int) -> Resources:
     num_gpus = cluster.num_gpus()
+    if config.carrier is Carrier.NCCL and num_gpus == 0:
+        raise StartUpError("--carrier nccl needs GPUs, and Ray sees none: use --carrier shm or --carrier tcp")
     if config.engine is Engine.FAKE or num_gpus == 0:
         return Resources(num_gpus=0)
     needed = config.instances * tensor_parallel_size

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
+from instance.vllm import speculation
 from instance.vllm.codec import RequestState, why_malformed
 
 
@@ -22,6 +23,8 @@ def why_uncommittable(core: EngineCore, block_size: int, request: Request, state
     held = min((len(group) for group in scheduler.ferry_block_table(request.request_id)), default=0)
     if -(-state.computed_tokens // block_size) > held:
         return f"its KV does not fit into the {held} blocks reserved"
+    if (unverifiable := speculation.why_uncommittable(scheduler, request, state)) is not None:
+        return unverifiable
     malformed = why_malformed(state, core.vllm_config.device_config.device_type)
     if malformed is not None or not request.use_structured_output or not state.output_token_ids:
         return malformed

@@ -12,7 +12,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from instance.messages import OutputEntry
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 PREFILL_FIELDS = (
     "num_prompt_tokens",
@@ -72,6 +72,8 @@ class RequestState(msgspec.Struct, frozen=True, array_like=True):
     priority: int
     generator: bytes | None
     """State of the sampler's torch generator (a seeded request on the V1 runner)."""
+    draft_token_ids: list[int]
+    """Guesses (speculative decoding) that its next step verifies; not tokens of the request yet."""
 
 
 VersionedT = TypeVar("VersionedT", DescribedRequest, RequestState)

@@ -80,6 +80,21 @@ _NEEDED = (
     _Needed("vllm.v1.core.block_pool", "BlockPool", ("get_new_blocks", "free_blocks", "get_num_free_blocks")),
     _Needed("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager"),
     _Needed("vllm.v1.core.single_type_kv_cache_manager", "SlidingWindowManager"),
+    _Needed(
+        "vllm.multimodal.inputs", "MultiModalFeatureSpec", (), (("__init__", ("data", "modality", "mm_position")),)
+    ),
+    _Needed("vllm.multimodal.inputs", "PlaceholderRange", ("get_num_embeds",)),
+    _Needed(
+        "vllm.config.model",
+        "ModelConfig",
+        (
+            "is_multimodal_model",
+            "uses_mrope",
+            "is_mm_prefix_lm",
+            "is_multimodal_raw_input_only_model",
+            "requires_raw_input_tokens",
+        ),
+    ),
     _Needed("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
     _Needed(
         "vllm.v1.request",
@@ -106,7 +121,10 @@ _NEEDED = (
         (("__init__", ("vllm_config", "executor_class", "log_stats")),),
     ),
     _Needed(
-        "vllm.v1.structured_output", "StructuredOutputManager", (), (("accept_tokens", ("request", "new_token_ids")),)
+        "vllm.v1.structured_output",
+        "StructuredOutputManager",
+        (),
+        (("accept_tokens", ("request", "new_token_ids")), ("validate_tokens", ("request", "spec_tokens"))),
     ),
     _Needed(
         "vllm.v1.worker.gpu_input_batch",
@@ -152,13 +170,18 @@ _NEEDED_OF_SCHEDULER = (
     "reset_preempted_req_ids",
     "_inflight_prefills",
     "max_num_active_reqs",
+    "num_spec_tokens",
     "use_v2_model_runner",
     "need_mamba_block_aligned_split",
     "structured_output_manager",
     "kv_cache_manager",
     "lora_config",
     "deferred_frees",
+    "encoder_cache_manager",
+    "max_num_encoder_input_tokens",
+    "is_encoder_decoder",
 )
+_NEEDED_OF_ENCODER_CACHE = ("cache_size", "cached", "request_cached_ids")
 _NEEDED_OF_COORDINATOR_MANAGER = (
     "req_to_blocks",
     "new_block_ids",
@@ -238,7 +261,7 @@ def named() -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
     """All that this module names: what is imported, as (module, name), and attributes of vLLM's objects."""
     needed = (*_NEEDED, *_NEEDED_ELSEWHERE)
     attributes = {name for one in needed for name in (*one.attributes, *(method for method, _ in one.parameters))}
-    living = {*_NEEDED_OF_SCHEDULER, *_NEEDED_OF_COORDINATOR_MANAGER}
+    living = {*_NEEDED_OF_SCHEDULER, *_NEEDED_OF_ENCODER_CACHE, *_NEEDED_OF_COORDINATOR_MANAGER}
     return frozenset((one.module, one.name) for one in needed), frozenset(attributes | living)
 
 
@@ -247,6 +270,10 @@ def why_scheduler_unsupported(scheduler: Any) -> str | None:
     for name in _NEEDED_OF_SCHEDULER:
         if not hasattr(scheduler, name):
             return f"vLLM's scheduler lacks {name}"
+    encoder_cache = scheduler.encoder_cache_manager
+    for name in () if scheduler.is_encoder_decoder else _NEEDED_OF_ENCODER_CACHE:
+        if not hasattr(encoder_cache, name):
+            return f"vLLM's {type(encoder_cache).__name__} lacks {name}"
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         for name in _NEEDED_OF_COORDINATOR_MANAGER:
             if not hasattr(manager, name):
@@ -267,7 +294,6 @@ def why_engine_unmovable(config: Any, scheduler: Any) -> str | None:
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism is on"),
         (config.parallel_config.decode_context_parallel_size > 1, "decode context parallelism is on"),
         (config.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism is on"),
-        (config.speculative_config is not None, "speculative decoding is on"),
         (config.kv_transfer_config is not None, "a KV connector is configured"),
     )
     return next((reason for is_so, reason in facts if is_so), None)

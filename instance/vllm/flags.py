@@ -53,8 +53,12 @@ def parse_serve_argv(argv: Sequence[str]) -> argparse.Namespace:
     elif not any(str(argument).startswith(("--model", "--config")) for argument in argv):
         raise FlagError("name a model first: its folder, or its name on the hub")
     _check_model_path(namespace.model)
+    _check_adapters(namespace)
     if namespace.data_parallel_size > 1:
         raise FlagError("--data-parallel-size: kvferry runs several instances itself; use its --instances")
+    # With this cache a front end sends an image's hash in place of its pixels when it has sent them before; but perhaps
+    # to another engine, and a request that moves needs them again.
+    namespace.mm_processor_cache_gb = 0
     if current_platform.is_cpu() and namespace.distributed_executor_backend is None:
         namespace.distributed_executor_backend = "uni" if namespace.tensor_parallel_size == 1 else "mp"
     return namespace
@@ -114,16 +118,38 @@ def _place_hooks(config: Any) -> None:
 def _check_model_path(model: str) -> None:
     """A path that is not there is reported as such, before the hub is asked for a model of that name."""
     path = Path(model).expanduser()
-    first = path.parts[0] if path.parts else ""
-    is_local = (
-        model.startswith(("/", ".", "~")) or len(path.parts) > 2 or (len(path.parts) == 2 and Path(first).is_dir())
-    )
     if not path.exists():
-        if is_local:
+        if _is_local(model):
             raise FlagError(f"no model at {model}: there is no such folder")
         return
     if path.is_dir() and not any((path / name).is_file() for name in _WEIGHTS):
         raise FlagError(f"no model at {model}: the folder has no config.json")
+
+
+def _check_adapters(namespace: argparse.Namespace) -> None:
+    """Of --lora-modules. vLLM itself would notice at the first request that names one."""
+    modules = namespace.lora_modules or ()
+    if modules and not namespace.enable_lora:
+        raise FlagError("--lora-modules needs --enable-lora")
+    for module in modules:
+        check_adapter_path(module.name, module.path)
+
+
+def check_adapter_path(name: str, location: str) -> None:
+    """Raises `FlagError` (one line) for a folder that is not there, or holds no adapter; a name on the hub may come."""
+    path = Path(location).expanduser()
+    if not path.exists():
+        if _is_local(location) or len(path.parts) == 1:
+            raise FlagError(f"no LoRA adapter {name} at {location}: there is no such folder")
+        return
+    if not (path / "adapter_config.json").is_file():
+        raise FlagError(f"no LoRA adapter {name} at {location}: the folder has no adapter_config.json")
+
+
+def _is_local(location: str) -> bool:
+    """It can only be meant as a path: names on the hub have two parts."""
+    parts = Path(location).expanduser().parts
+    return location.startswith(("/", ".", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
 def _first_reason(error: BaseException) -> str:

@@ -48,6 +48,8 @@ class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensor_parallel_size: Count
     model_runner: Text
     """vLLM's V1 or V2 runner: they keep a request's state differently."""
+    speculation: Text = ""
+    """How it guesses tokens ahead: decides which tokens share a step, and so the last bits of their logprobs."""
     adapters: Annotated[tuple[Adapter, ...], msgspec.Meta(max_length=MAX_ADAPTERS)] = ()
     version: int = HANDSHAKE_VERSION
 
@@ -64,6 +66,7 @@ _SAID = (
     ("block_size", "has blocks of {} tokens"),
     ("tensor_parallel_size", "runs at tensor parallelism {}"),
     ("model_runner", "has model runner {}"),
+    ("speculation", "guesses {}"),
     ("adapters", "has LoRA adapters {}"),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
+from instance.spec import Carrier
 from instance.types import (
     CommittedRequest,
     EngineFacts,
@@ -32,11 +33,11 @@ from instance.vllm.codec import (
     encode_output,
     encode_state,
 )
-from instance.vllm.handshake import why_refused
 from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
 from instance.vllm.rank import Rank, RemoteRank
-from instance.vllm.scheduler import Rest, is_seeded, why_unmovable
+from instance.vllm.refusals import why_not_here, why_too_large, why_unmovable
+from instance.vllm.scheduler import Rest, is_seeded
 from instance.vllm.start import start_core
 from instance.vllm.views import load_of, view_of
 from migration.types import (
@@ -88,13 +89,16 @@ class VllmEngine:
         self._is_closed = False
 
     @classmethod
-    def from_argv(cls, argv: tuple[str, ...], carriers: tuple[str, ...], host: str, token: str) -> VllmEngine:
-        """Start an engine: `argv` as of `vllm serve`, `carriers` best first, `host` the address peers reach us at.
+    def from_argv(
+        cls, argv: tuple[str, ...], carrier: Carrier, host: str, token: str, checksum: bool = False
+    ) -> VllmEngine:
+        """Start an engine: `argv` as of `vllm serve`, `host` the address peers reach us at, `checksum` over every
+        chunk of blocks that leaves.
 
         Raises `StartError` (one line). Takes seconds; uses the calling thread, which should be the one that will
         step it.
         """
-        started = start_core(argv, carriers, host, token)
+        started = start_core(argv, carrier, host, token, checksum)
         return cls(started.core, started.facts, started.ranks)
 
     @property
@@ -176,7 +180,8 @@ class VllmEngine:
             if not request.is_finished():
                 submitted = self._submitted.get(request_id)
                 external_id = "" if submitted is None else submitted.external_id
-                views.append(view_of(self._scheduler, request, external_id, is_movable))
+                fits = submitted is not None and why_too_large(submitted.payload) is None
+                views.append(view_of(self._scheduler, request, external_id, is_movable and fits))
         return tuple(views)
 
     # ---- source
@@ -184,10 +189,11 @@ class VllmEngine:
         request = self._find(request_id)
         if request is None:
             return None
-        reason = self._facts.migration_refused_because or why_unmovable(request)
         submitted = self._submitted.get(request_id)
-        if reason is not None or submitted is None:
-            return Refusal(reason or "its submission is not known")
+        if submitted is None:
+            return Refusal(self._facts.migration_refused_because or "its submission is not known")
+        if (reason := self._why_unmovable(request, submitted)) is not None:
+            return Refusal(reason)
         adapter = self._adapters.identity(request.lora_request)
         if isinstance(adapter, str):
             return Refusal(adapter)
@@ -224,7 +230,7 @@ class VllmEngine:
             request = self._find(request_id)
             if request is None:
                 return NotStopped.ABORTED if request_id in self._aborted else NotStopped.FINISHED
-            if why_unmovable(request) is not None:
+            if why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens) is not None:
                 return NotStopped.UNMOVABLE
             scheduler.ferry_freeze(request)
         rest = scheduler.ferry_rest(request_id)
@@ -253,7 +259,9 @@ class VllmEngine:
 
     # ---- destination
     def reserve(self, migration_id: MigrationId, description: Description, slack_blocks: int) -> Reservation | Refusal:
-        if (refusal := self._why_not_here(migration_id, description)) is not None:
+        if migration_id in self._incoming:
+            return Refusal("this migration has its reservation already")
+        if (refusal := why_not_here(self._facts, self._scheduler, description)) is not None:
             return Refusal(refusal)
         try:
             described = decode_described(description.payload)
@@ -316,15 +324,16 @@ class VllmEngine:
         if refusal is not None:
             return self._refuse_commit(migration_id, refusal)
         request_id = RequestId(request.request_id)
+        was_here = request_id in self._scheduler.finished_req_ids
+        del self._incoming[migration_id]
+        self._submitted[request_id] = incoming.submitted
+        request = self._scheduler.ferry_commit(request_id, exported)  # gives back blocks: the runner must not know them
         if exported.has_run:
             block_ids = tuple(list(group) for group in self._scheduler.ferry_block_table(request_id))
             arguments = (incoming.submitted.payload, state, request_id, block_ids)
             self._core.collective_rpc("ferry_import", args=arguments)
-        elif request_id in self._scheduler.finished_req_ids:
+        elif was_here:
             self._core.collective_rpc("ferry_drop", args=(request_id,))
-        del self._incoming[migration_id]
-        self._submitted[request_id] = incoming.submitted
-        request = self._scheduler.ferry_commit(request_id, exported)
         return CommittedRequest(
             request_id,
             incoming.submitted.external_id,
@@ -371,18 +380,12 @@ class VllmEngine:
         reason: str | None = self._scheduler.ferry_why_unservable(Request.from_engine_core_request(core_request, None))
         return reason
 
-    def _why_not_here(self, migration_id: MigrationId, description: Description) -> str | None:
-        request_id = description.request_id
-        incompatible = why_refused(description.kv_fingerprint, self._facts.kv_fingerprint)
-        facts = (
-            (self._facts.migration_refused_because is not None, str(self._facts.migration_refused_because)),
-            (incompatible is not None, str(incompatible)),
-            (description.block_size != self._facts.block_size, "its blocks have another size"),
-            (migration_id in self._incoming, "this migration has its reservation already"),
-            (request_id in self._scheduler.requests, "the request is here already"),
-            (request_id in getattr(self._scheduler, "ferry_in", ()), "the request is on its way here already"),
-        )
-        return next((reason for is_so, reason in facts if is_so), None)
+    def _why_unmovable(self, request: Request, submitted: _Submitted) -> str | None:
+        if self._facts.migration_refused_because is not None:
+            return self._facts.migration_refused_because
+        scheduler = self._scheduler
+        reason = why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens)
+        return reason or why_too_large(submitted.payload)
 
     def _refuse_commit(self, migration_id: MigrationId, reason: str) -> Refusal:
         self.cancel(migration_id)

@@ -13,13 +13,15 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from instance.spec import Carrier
 from migration.errors import CopyFailed
 from migration.transports import CarrierParams, KVStore, open_receiver, open_sender
+from migration.transports.opening import nccl_maker
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 
 NUM_ORDER_THREADS = 16
 """Orders a rank serves at once; each migration has at most one push and one close under way."""
-CPU_BYTES_PER_S = 25e6
+CPU_BYTES_PER_S = 12.5e6
 """Budget of copies on a machine whose cores also decode: bench/downtime measures what the others feel of it."""
 MAX_PUSH_BYTES = 4e9
 """More than a migration puts into one push of one rank, or than all pushes at once that share the budget."""
@@ -49,12 +51,12 @@ class Rank(Protocol):
 class RankEndpoint:
     """Both ends of the carrier over this process's KV memory."""
 
-    def __init__(self, store: KVStore, carrier: str, host: str, token: str, bytes_per_s: float | None = None) -> None:
-        """`carrier`: ``shm`` or ``tcp``; `bytes_per_s`: budget of all that leaves while its request decodes on.
-        Raises `ValueError`, `OSError` (the host cannot be bound)."""
-        params = CarrierParams(bytes_per_s=bytes_per_s)
-        self._receiver = open_receiver(store, f"{carrier}://{host}", token.encode(), params)
-        self._sender = open_sender(store, token.encode(), params)
+    def __init__(self, store: KVStore, carrier: str, host: str, token: str, params: CarrierParams) -> None:
+        """`carrier`: ``shm``, ``tcp`` or ``nccl``. Raises `ValueError` (for nccl with the reason why it cannot be had
+        here), `OSError` (the host cannot be bound)."""
+        maker = nccl_maker(store) if carrier == Carrier.NCCL.value else None
+        self._receiver = open_receiver(store, f"{carrier}://{host}", token.encode(), params, link_maker=maker)
+        self._sender = open_sender(store, token.encode(), params, link_maker=maker)
 
     @property
     def url(self) -> str:

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
-from instance.vllm import blocks
+from instance.vllm import blocks, images, speculation
 from instance.vllm.blocks import NoRoom
 from instance.vllm.codec import PREFILL_FIELDS, STATE_VERSION, RequestState
 
@@ -47,30 +47,6 @@ def is_seeded(request: Request) -> bool:
     return params is not None and params.sampling_type == SamplingType.RANDOM_SEED
 
 
-def why_unmovable(request: Request) -> str | None:
-    """One line that says why this request cannot be moved (now), or None."""
-    params = request.sampling_params
-    if params is None:
-        return "it is a pooling request"
-    is_prefilling = 0 < request.num_computed_tokens < request.num_prompt_tokens
-    facts = (
-        (request.resumable, "it is a streaming session"),
-        (request.kv_transfer_params is not None, "its KV is moved by a KV connector"),
-        (request.ec_transfer_params is not None, "its encoder outputs are moved by a connector"),
-        (request.status == RequestStatus.WAITING_FOR_REMOTE_KVS, "its KV is being loaded from elsewhere"),
-        (bool(request.mm_features), "it has multimodal inputs"),
-        (request.prompt_embeds is not None, "its prompt is embeddings"),
-        (request.prompt_token_ids is None, "it has no prompt tokens"),
-        (_is_loaded_anew(request), "its LoRA adapter is loaded anew with every step"),
-        (params.prompt_logprobs is not None and is_prefilling, "its prompt logprobs are not complete yet"),
-    )
-    return next((reason for is_so, reason in facts if is_so), None)
-
-
-def _is_loaded_anew(request: Request) -> bool:
-    return request.lora_request is not None and bool(request.lora_request.load_inplace)
-
-
 class FerryMixin:
     """Freeze, export, thaw and release at a source; reserve, grow, commit and cancel at a destination."""
 
@@ -87,10 +63,19 @@ class FerryMixin:
         # while a step that writes it is in flight must not be handed out yet.
         if self.vllm_config.max_concurrent_batches > 1:
             self.defer_block_free = True
+        self.ferry_images_refused = images.why_never_movable(self.vllm_config)
+        """Why no request with an image can be moved, or None."""
         self._ferry_whole_seeded_prefills = current_platform.is_cpu() and not self.use_v2_model_runner
 
     # ---- what vLLM calls
     def schedule(self: Any, throttle_prefills: bool = False) -> Any:
+        for request in speculation.next_to_enter(self):
+            if not self._ferry_fits_into_running(request):
+                break
+            self.kv_holding_waiting.remove_requests([request])
+            self.deferred_waiting.discard(request)
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
         parent: Any = super()
         output = parent.schedule(throttle_prefills)
         num_decoding = 0
@@ -138,6 +123,8 @@ class FerryMixin:
         params = request.sampling_params
         if params is None:
             return None
+        if (reason := images.why_unservable(self, request.mm_features)) is not None:
+            return reason
         if self.use_v2_model_runner and params.min_tokens and len(params.all_stop_token_ids) > V2_MAX_STOP_TOKEN_IDS:
             return f"min_tokens with more than {V2_MAX_STOP_TOKEN_IDS} stop token ids"
         if self._ferry_whole_seeded_prefills and is_seeded(request):
@@ -197,6 +184,7 @@ class FerryMixin:
             num_nans_in_logits=request.num_nans_in_logits,
             priority=request.priority,
             generator=generator,
+            draft_token_ids=[] if without_kv else list(request.spec_token_ids),
         )
 
     def ferry_thaw(self: Any, request_id: str) -> None:
@@ -285,6 +273,7 @@ class FerryMixin:
         request.prefill_stats = None
         if state.prefill_stats is not None:
             request.prefill_stats = PrefillStats(**dict(zip(PREFILL_FIELDS, state.prefill_stats, strict=True)))
+        speculation.restore(self, request, state)
 
     def ferry_cancel(self: Any, request_id: str) -> None:
         request = self.ferry_in.pop(request_id, None)
@@ -305,6 +294,7 @@ class FerryMixin:
         place."""
         owners = self.requests.keys() | self.ferry_in.keys()
         blocks.check_counts(self.kv_cache_manager, owners, self.deferred_frees)
+        images.check_references(self, set(self.requests))
         assert not self.ferry_in.keys() & self.requests.keys()
         places = Counter(request.request_id for request in self.running)
         places.update(request.request_id for queue in (self.waiting, self.kv_holding_waiting) for request in queue)

@@ -15,8 +15,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 
 from instance.errors import StartError
+from instance.spec import Carrier
 from instance.types import EngineFacts
-from instance.vllm import compat
+from instance.vllm import compat, speculation
 from instance.vllm.environment import prepare_environment
 from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv
 from instance.vllm.handshake import Adapter, Compatibility, encode
@@ -38,7 +39,7 @@ class Started:
     """Empty when the engine can move nothing."""
 
 
-def start_core(argv: tuple[str, ...], carriers: tuple[str, ...], host: str, token: str) -> Started:
+def start_core(argv: tuple[str, ...], carrier: Carrier, host: str, token: str, checksum: bool) -> Started:
     """See `VllmEngine.from_argv`. Raises `StartError` (one line)."""
     prepare_environment()
     try:
@@ -53,7 +54,7 @@ def start_core(argv: tuple[str, ...], carriers: tuple[str, ...], host: str, toke
     ranks: tuple[Rank, ...] = ()
     fingerprint = ""
     if refused is None:
-        ranks, layout = _open_ranks(core, carriers[0], host, token)
+        ranks, layout = _open_ranks(core, carrier, host, token, checksum)
         fingerprint = encode(_handshake(config, core, _adapters(namespace), layout))
     if config.model_config.runner_type == "generate":
         warm_up(core)
@@ -64,14 +65,21 @@ def _why_refused(config: Any, core: EngineCore) -> str | None:
     refused = compat.why_unsupported() or compat.why_scheduler_unsupported(core.scheduler)
     if refused is None and not has_our_hooks(config):
         refused = "the flags set a scheduler or worker extension of their own"
-    return refused or compat.why_engine_unmovable(config, core.scheduler)
+    return refused or compat.why_engine_unmovable(config, core.scheduler) or speculation.why_engine_unmovable(config)
 
 
-def _open_ranks(core: EngineCore, carrier: str, host: str, token: str) -> tuple[tuple[Rank, ...], str]:
-    """Start every rank's data endpoint, once; returns the ranks and the layout they all have."""
+def _open_ranks(
+    core: EngineCore, carrier: Carrier, host: str, token: str, checksum: bool
+) -> tuple[tuple[Rank, ...], str]:
+    """Start every rank's data endpoint, once; returns the ranks and the layout they all have. Raises `StartError` (one
+    line)."""
     local = getattr(core.model_executor, "driver_worker", None)
     address = None if local is not None else f"ipc://@kvferry-{uuid.uuid4().hex}"
-    answers = core.collective_rpc("ferry_open", args=(carrier, host, token, address))
+    try:
+        answers = core.collective_rpc("ferry_open", args=(carrier.value, host, token, checksum, address))
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: from a rank in another process
+        reason = " ".join(str(error).split())[:500]
+        raise StartError(f"the carrier {carrier.value} cannot be opened on {host}: {reason}") from error
     layout = "+".join(sorted({layout for _, layout in answers}))
     if local is not None:
         return (local.worker.ferry_endpoint,), layout
@@ -93,6 +101,7 @@ def _handshake(config: Any, core: EngineCore, adapters: tuple[Adapter, ...], lay
         block_size=core.scheduler.block_size,
         tensor_parallel_size=config.parallel_config.tensor_parallel_size,
         model_runner="V2" if config.use_v2_model_runner else "V1",
+        speculation=speculation.describe(config),
         adapters=adapters,
     )
 

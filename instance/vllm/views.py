@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus as VllmStatus
 
 from instance.types import EngineLoad, RequestStatus, RequestView
 from instance.vllm import blocks
-from instance.vllm.scheduler import why_unmovable
+from instance.vllm.refusals import why_unmovable
 from migration.types import RequestId
 
 
@@ -45,7 +45,8 @@ def view_of(scheduler: Any, request: Request, external_id: str, is_engine_movabl
         num_output_tokens=request.num_output_tokens,
         max_tokens=request.max_tokens,
         num_blocks=_num_held(scheduler, request),
-        movable=is_engine_movable and why_unmovable(request) is None,
+        movable=is_engine_movable
+        and why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens) is None,
     )
 
 

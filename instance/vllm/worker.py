@@ -17,9 +17,12 @@ from instance.vllm.codec import decode_request, decode_state
 from instance.vllm.pages import PageStore
 from instance.vllm.rank import CPU_BYTES_PER_S, RankEndpoint, RankServer
 from instance.vllm.weights import parameters_digest
+from migration.transports import CarrierParams
 
 MAX_EXPECTED = 64
 """Submissions decoded ahead of their commit; more than an instance lets in at once."""
+MAX_EXPECTED_BYTES = 64 << 20
+"""Encoded, of all of them: images are large."""
 
 
 def page_store(model_runner: Any) -> PageStore:
@@ -72,16 +75,19 @@ def _generator(params: Any, state: bytes | None, device: torch.device) -> torch.
 class FerryWorkerExtension:
     """Methods that collective_rpc can call on every rank. `self` is vLLM's worker."""
 
-    def ferry_open(self: Any, carrier: str, host: str, token: str, control_address: str | None) -> tuple[str, str]:
+    def ferry_open(
+        self: Any, carrier: str, host: str, token: str, checksum: bool, control_address: str | None
+    ) -> tuple[str, str]:
         """Start this rank's data endpoint; returns (where peers push to, layout).
 
         `control_address`: also serve the agent's orders there (it lives in another process); the rank's number is
         appended.
         """
         budget = CPU_BYTES_PER_S if self.model_runner.device.type == "cpu" else None
-        endpoint = RankEndpoint(page_store(self.model_runner), carrier, host, token, budget)
+        params = CarrierParams(bytes_per_s=budget, checksum=checksum)
+        endpoint = RankEndpoint(page_store(self.model_runner), carrier, host, token, params)
         self.ferry_endpoint = endpoint
-        self.ferry_expected: OrderedDict[str, Any] = OrderedDict()
+        self.ferry_expected: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self.ferry_server = None
         if control_address is not None:
             self.ferry_server = RankServer(endpoint, f"{control_address}-{self.rank}", token)
@@ -105,11 +111,12 @@ class FerryWorkerExtension:
 
     def ferry_expect(self: Any, request_id: str, payload: bytes) -> None:
         """Decode a submission while its request still decodes elsewhere: thousands of prompt tokens would otherwise be
-        decoded while it stands still. The latest MAX_EXPECTED are kept; `ferry_import` manages without."""
-        self.ferry_expected[request_id] = decode_request(payload)
-        self.ferry_expected.move_to_end(request_id)
-        while len(self.ferry_expected) > MAX_EXPECTED:
-            self.ferry_expected.popitem(last=False)
+        decoded while it stands still. The latest are kept; `ferry_import` manages without."""
+        expected = self.ferry_expected
+        expected[request_id] = (decode_request(payload), len(payload))
+        expected.move_to_end(request_id)
+        while len(expected) > MAX_EXPECTED or sum(size for _, size in expected.values()) > MAX_EXPECTED_BYTES:
+            expected.popitem(last=False)
 
     def ferry_import(
         self: Any, payload: bytes, state_bytes: bytes, request_id: str, block_ids: tuple[list[int], ...]
@@ -119,13 +126,13 @@ class FerryWorkerExtension:
         runner = self.model_runner
         if hasattr(runner, "req_states"):
             return  # the V2 runner is sent resumed requests whole
-        request = self.ferry_expected.pop(request_id, None) or decode_request(payload)
+        request, _ = self.ferry_expected.pop(request_id, None) or (decode_request(payload), 0)
         state = decode_state(state_bytes)
         generator = _generator(request.sampling_params, state.generator, runner.device)
         known = CachedRequestState(
             req_id=request_id,
             prompt_token_ids=request.prompt_token_ids,
-            mm_features=[],
+            mm_features=request.mm_features or [],
             sampling_params=request.sampling_params,
             generator=generator,
             block_ids=tuple(list(group) for group in block_ids),

@@ -1,4 +1,6 @@
-"""When may the next chunk go? One budget of bytes a second for everything a sender sends that is not urgent."""
+"""When may the next chunk go? One budget of bytes a second for everything that leaves a rank, or arrives at it, and is
+not urgent.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ import threading
 
 
 class Budget:
-    """Thread-safe. Concurrent pushes share it, so that two of them cost those who decode no more than one does."""
+    """Thread-safe. Concurrent pushes share it, so that two of them cost those who decode no more than one does.
+
+    Fair: turns are given in the order in which they are asked for, and a push asks for its next one only after the last
+    has come. Each of n pushes so gets one chunk in n.
+    """
 
     def __init__(self, bytes_per_s: float | None) -> None:
         """None: as fast as it goes."""

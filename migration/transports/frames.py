@@ -23,7 +23,7 @@ import msgspec
 from migration.errors import CopyFailed, MalformedMessage
 
 MAGIC = b"KVF"
-VERSION = 1
+VERSION = 2
 MAX_CONTROL_BYTES = 64 << 10
 """Largest payload of any frame but a chunk."""
 
@@ -53,6 +53,9 @@ class FrameKind(IntEnum):
     FAILED = 8
     LINK_CHUNK = 9
     """Its payload comes from GPU to GPU, in the link's slots' order."""
+
+
+_KINDS = {int(kind): kind for kind in FrameKind}
 
 
 class SegmentOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,6 +101,8 @@ class Begin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     end: int
     chunk_blocks: int
     has_checksum: bool
+    is_urgent: bool = False
+    """The receiver's budget does not hold it up."""
 
 
 class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -157,13 +162,13 @@ class FrameSocket:
         """The next header; None when the peer has closed in good order. Raises `MalformedMessage`, `OSError`."""
         if not self.receive_into(self._header, may_end=True):
             return None
-        magic, version, kind, num_bytes, first, count, crc32 = _HEADER.unpack(self._header)
+        magic, version, number, num_bytes, first, count, crc32 = _HEADER.unpack(self._header)
         if magic != MAGIC or version != VERSION:
             raise MalformedMessage("not a frame of this version")
-        try:
-            return Frame(FrameKind(kind), num_bytes, first, count, crc32)
-        except ValueError as error:
-            raise MalformedMessage(f"unknown frame kind {kind}") from error
+        kind = _KINDS.get(number)
+        if kind is None:
+            raise MalformedMessage(f"unknown frame kind {number}")
+        return Frame(kind, num_bytes, first, count, crc32)
 
     def receive_control(self, frame: Frame, expected: type[ControlT]) -> ControlT:
         """The payload of a control frame."""
@@ -180,15 +185,17 @@ class FrameSocket:
         """Fill `out`. False when the peer closed before its first byte and `may_end`; `ConnectionError` when cut
         short, `TimeoutError` at the deadline.
         """
+        num_bytes = len(out)
         num_read = 0
-        while num_read < len(out):
-            num_new = self._bounded(self._sock.recv_into, out[num_read:], len(out) - num_read, socket.MSG_WAITALL)
+        while num_read < num_bytes:
+            rest = out[num_read:] if num_read else out
+            num_new = self._bounded(self._sock.recv_into, rest, num_bytes - num_read, socket.MSG_WAITALL)
             if not num_new:
                 if may_end and not num_read:
                     return False
                 raise ConnectionResetError(_CUT_SHORT)
             num_read += num_new
-            if num_read < len(out):
+            if num_read < num_bytes:
                 self._arm()
         return True
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 
 from migration.errors import CopyFailed, MalformedMessage
 from migration.transports import links
+from migration.transports.budget import Budget
 from migration.transports.frames import (
     Begin,
     Failed,
@@ -82,6 +83,9 @@ class SocketReceiver(BlockReceiver):
         super().__init__(store, f"{scheme}://{host}:{self._listener.getsockname()[1]}", token, params)
         self.link_maker = link_maker
         self._params = params
+        self.budget = Budget(params.bytes_per_s)
+        """Shared by all who push."""
+        self.is_closing = threading.Event()
         self._lock = threading.Lock()
         self._connections: dict[FrameSocket, threading.Thread] = {}
         self._is_closed = False
@@ -98,6 +102,7 @@ class SocketReceiver(BlockReceiver):
             if self._is_closed:
                 return
             self._is_closed = True
+            self.is_closing.set()
             connections = dict(self._connections)
         # Wakes the acceptor; platforms that refuse this on a listening socket wake it by the close.
         with contextlib.suppress(OSError):
@@ -217,10 +222,20 @@ class _Connection:
             count = min(begin.chunk_blocks, begin.end - done)
             if frame.first != done or frame.count != count:
                 raise MalformedMessage("a chunk out of order")
+            if not begin.is_urgent:
+                self._wait_turn(count)
             self._take_chunk(begin, frame, chunk_index)
             done, chunk_index = done + count, chunk_index + 1
         num_blocks = begin.end - begin.first
         self._frames.send(FrameKind.LANDED, Landed(num_blocks, num_blocks * self._index_bytes))
+
+    def _wait_turn(self, num_blocks: int) -> None:
+        """Until the budget allows the chunk that is announced; meanwhile it waits in the kernel or in its slot, and so
+        its sender does. A ticket that is closed meanwhile need not wait for it."""
+        now_s = time.monotonic()
+        turn_s = self._receiver.budget.take(num_blocks * self._index_bytes, now_s)
+        if turn_s > now_s:
+            self._receiver.is_closing.wait(turn_s - now_s)
 
     def _take_chunk(self, begin: Begin, frame: Frame, chunk_index: int) -> None:
         num_bytes = frame.count * self._index_bytes

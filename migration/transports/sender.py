@@ -196,7 +196,14 @@ class BlockSender:
         in_place = self._host_store if is_socket and not self._params.checksum else None
         chunk_blocks = self._pool.chunk_blocks(1 if push.budget.is_bounded else self._burst(connection, in_place))
         chunks = chunks_of(push.blocks, chunk_blocks)
-        begin = Begin(push.migration_id, push.blocks.first, push.blocks.end, chunk_blocks, self._params.checksum)
+        begin = Begin(
+            push.migration_id,
+            push.blocks.first,
+            push.blocks.end,
+            chunk_blocks,
+            has_checksum=self._params.checksum,
+            is_urgent=push.budget is _NO_BUDGET,
+        )
         try:
             frames.send(FrameKind.BEGIN, begin)
             if connection.link is not None:

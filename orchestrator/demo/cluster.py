@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from instance.spec import Carrier
 from orchestrator.config import ServeConfig
 from orchestrator.demo.fleet import AdminFleet
+from orchestrator.demo.options import DemoOptions
 from orchestrator.errors import StartUpError
 from orchestrator.runtime import checks
 from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle
@@ -32,8 +34,8 @@ ORCHESTRATOR_STOP_S = 3.0
 POLL_S = 0.1
 
 
-def demo_config(model: str) -> ServeConfig:
-    """What `kvferry serve` would be given."""
+def demo_config(model: str, options: DemoOptions) -> ServeConfig:
+    """What `kvferry serve` would be given. `options`: checked."""
     return ServeConfig(
         model=model,
         engine_argv=(
@@ -53,6 +55,8 @@ def demo_config(model: str) -> ServeConfig:
         max_migrations=MAX_MIGRATIONS,
         rest_s=REST_S,
         log_level="WARNING",
+        carrier=Carrier(options.carrier),
+        carrier_checksum=options.carrier_checksum,
     )
 
 
@@ -104,9 +108,8 @@ async def _make_orchestrator(ray: RayCluster) -> str:
         await asyncio.sleep(POLL_S)
 
 
-def start_ray(model: str, console: Console) -> RayCluster:
+def start_ray(config: ServeConfig, console: Console) -> RayCluster:
     """Check the flags and start a Ray of our own, from the main thread. Raises StartUpError with one line."""
-    config = demo_config(model)
     with console.status("checking the flags with vLLM's own parser"):
         checks.parse_engine_argv((config.model, *config.engine_argv))
     with console.status("starting Ray"):
@@ -114,7 +117,7 @@ def start_ray(model: str, console: Console) -> RayCluster:
 
 
 @asynccontextmanager
-async def running_cluster(ray: RayCluster, model: str, console: Console) -> AsyncIterator[Cluster]:
+async def running_cluster(ray: RayCluster, config: ServeConfig, console: Console) -> AsyncIterator[Cluster]:
     """Start everything on that Ray; stop it again at the end. Raises StartUpError with one line."""
     began_s = time.monotonic()
 
@@ -124,7 +127,7 @@ async def running_cluster(ray: RayCluster, model: str, console: Console) -> Asyn
             text = f"{took_s:4.0f} s  {progress.name} {progress.phase.value} {progress.detail}".rstrip()
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    starting = asyncio.create_task(compose(ray, demo_config(model), Resources(num_gpus=0), tell))
+    starting = asyncio.create_task(compose(ray, config, Resources(num_gpus=0), tell))
     cluster: Cluster | None = None
     try:
         composition = await starting

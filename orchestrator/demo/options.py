@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from instance.spec import Carrier
+
 MIN_DURATION_S = 5.0
 MAX_DURATION_S = 3600.0
+CPU_CARRIERS = (Carrier.SHM.value, Carrier.TCP.value)
 
 
 class OptionError(ValueError):
@@ -34,6 +37,8 @@ class DemoOptions:
     """Folder for result.json and moves.png."""
     model: str | None = None
     """Hugging Face folder or hub name; None: the small model of bench/models/tiny."""
+    carrier: str = Carrier.SHM.value
+    carrier_checksum: bool = False
     bars: Bars = field(default_factory=Bars)
 
     def check(self) -> None:
@@ -42,6 +47,8 @@ class DemoOptions:
             raise OptionError(
                 f"--duration is {self.duration_s:g} s; give {MIN_DURATION_S:g} to {MAX_DURATION_S:g} seconds"
             )
+        if self.carrier not in CPU_CARRIERS:
+            raise OptionError(f"--carrier is {self.carrier!r}; the demo's instances have no GPU: give it shm or tcp")
         if self.out.exists() and not self.out.is_dir():
             raise OptionError(f"{self.out} is a file; give --out a folder")
 

@@ -13,8 +13,9 @@ from random import Random
 
 from rich.console import Console
 
+from orchestrator.config import ServeConfig
 from orchestrator.demo.client import Run, Tally, send_all
-from orchestrator.demo.cluster import Cluster, running_cluster, start_ray
+from orchestrator.demo.cluster import Cluster, demo_config, running_cluster, start_ray
 from orchestrator.demo.drains import DrainPlan, conduct
 from orchestrator.demo.options import DemoOptions, OptionError, small_model
 from orchestrator.demo.picture import draw
@@ -42,14 +43,14 @@ def play(options: DemoOptions) -> int:
     try:
         options.check()
         plan = _make_plan(options)
-        model = options.model or small_model()
+        config = demo_config(options.model or small_model(), options)
     except (OptionError, TraceError) as error:
         return _refuse(error)
     ray: RayCluster | None = None
     signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes both signals over
     try:
-        ray = start_ray(model, console)
-        return asyncio.run(_session(ray, options, model, plan, console))
+        ray = start_ray(config, console)
+        return asyncio.run(_session(ray, options, config, plan, console))
     except StartUpError as error:
         return _refuse(error)
     except OrchestratorError as error:
@@ -109,13 +110,13 @@ class _Pass:
 
 
 async def _session(
-    ray: RayCluster, options: DemoOptions, model: str, plan: tuple[PlannedRequest, ...], console: Console
+    ray: RayCluster, options: DemoOptions, config: ServeConfig, plan: tuple[PlannedRequest, ...], console: Console
 ) -> int:
     _cancel_on_signals()
     stamp = f"{time.time_ns() // 1_000_000:x}"
     first = _Pass(f"demo{stamp}a", "uneven load, requests move", True, options.duration_s * LATE_SHARE)
     second = _Pass(f"demo{stamp}b", "the same requests, undisturbed", False, float("inf"))
-    async with running_cluster(ray, model, console) as cluster:
+    async with running_cluster(ray, config, console) as cluster:
         await warm_up(cluster.base_url, cluster.model, f"warm{stamp}", console)
         history, moved = await _run(cluster, plan, first, options, console)
         await cluster.stop_rebalancing()

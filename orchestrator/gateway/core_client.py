@@ -10,11 +10,14 @@ from copy import copy
 from types import SimpleNamespace
 
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
+from instance.messages import MAX_MESSAGE_BYTES
 from instance.vllm.codec import CodecError, decode_output, encode_request
+from instance.vllm.flags import check_adapter_path
 from migration.types import RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.loop import GatewayLoop
@@ -25,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STOP_IDS_WITH_MIN_TOKENS = 128
 """vLLM 0.32's V2 runner dies of more (its kernel has a fixed table), so the gateway refuses them."""
+
+MAX_PAYLOAD_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
+"""Of one request. An inbox hangs up on a larger message, unread."""
 
 STATS_EVERY_S = 1.0
 
@@ -42,6 +48,7 @@ class FleetCoreClient(EngineCoreClient):
         self._encode = encode
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._clock_offsets_s: dict[Owner, float] = {}
+        self._adapter_ids: set[int] = set()
         self._on_fail: Callable[[RequestId, Failure], None] = lambda *_: None
         self._is_wanted: Callable[[str], bool] = lambda _: True
         loop.connect(self._deliver, lambda fail: self._on_fail(fail.request_id, fail.failure))
@@ -76,6 +83,11 @@ class FleetCoreClient(EngineCoreClient):
             payload = self._encode(request)
         except CodecError as error:
             raise VLLMValidationError(str(error)) from error
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            limit = MAX_PAYLOAD_BYTES >> 20
+            raise VLLMValidationError(
+                f"the request takes {len(payload) >> 20} MiB with its images, at most {limit} are sent"
+            )
         if not self._is_wanted(request.request_id):
             return  # a sibling (n > 1) has failed already, and all of them with it
         self._loop.submit(
@@ -112,8 +124,20 @@ class FleetCoreClient(EngineCoreClient):
     async def is_scheduler_paused_async(self) -> bool:
         return False
 
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        """Instances load an adapter when the first request names it, and before one with it moves to them.
+
+        Raises FlagError (an error when the gateway starts, or of the development endpoint that adds adapters).
+        """
+        if lora_request.load_inplace:
+            raise NotImplementedError("an adapter cannot be replaced while instances serve it: give it another name")
+        check_adapter_path(lora_request.lora_name, lora_request.lora_path)
+        self._adapter_ids.add(lora_request.lora_int_id)
+        return True
+
     async def list_loras_async(self) -> set[int]:
-        return set()
+        """Those that may be asked for; which of them an instance holds at the moment is its own affair."""
+        return set(self._adapter_ids)
 
     def dp_engines_running(self) -> bool:
         return self._loop.router.num_requests > 0

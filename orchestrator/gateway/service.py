@@ -174,8 +174,6 @@ def _configure(config: GatewayConfig) -> tuple[argparse.Namespace, Any]:
         namespace.middleware = [*namespace.middleware, MIDDLEWARE]
         if namespace.uds:
             raise GatewayError("--uds is not supported: gateways listen on a TCP port")
-        # Several engines behind one front end: its sender cache could not know which of them has what.
-        namespace.mm_processor_cache_gb = 0
         for plugin, load in (
             (namespace.tool_parser_plugin, ToolParserManager.import_tool_parser),
             (namespace.reasoning_parser_plugin, ReasoningParserManager.import_reasoning_parser),
@@ -188,6 +186,9 @@ def _configure(config: GatewayConfig) -> tuple[argparse.Namespace, Any]:
         raise GatewayError(str(error)) from error
     except KeyError as error:
         raise GatewayError(str(error.args[0])) from error
+    # Nothing is cached here, but with it vLLM names images by their content. Without, it counts them, each gateway for
+    # itself, and an instance would take one gateway's first image for another's.
+    vllm_config.cache_config.enable_prefix_caching = True
     if vllm_config.model_config.runner_type != "generate":
         raise GatewayError(f"{namespace.model} is not a model that generates text")
     return namespace, vllm_config

@@ -72,6 +72,8 @@ def instance_specs(config: ServeConfig, token: str) -> list[InstanceSpec]:
             epoch=FIRST_EPOCH,
             engine=kind,
             engine_argv=(config.model, *config.engine_argv),
+            carrier=config.carrier,
+            carrier_checksum=config.carrier_checksum,
             token=token,
             num_sharing=config.instances,
             max_migrations_in=config.max_migrations,

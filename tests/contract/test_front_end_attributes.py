@@ -31,9 +31,8 @@ LEFT_OUT = {
     "sleep_async": "sleeping is an engine's business",
     "wake_up_async": "sleeping is an engine's business",
     "release_kv_cache_memory_async": "sleeping is an engine's business",
-    "add_lora_async": "adapters at run time are not served yet",
-    "remove_lora_async": "adapters at run time are not served yet",
-    "pin_lora_async": "adapters at run time are not served yet",
+    "remove_lora_async": "instances drop adapters by themselves, the longest unused first",
+    "pin_lora_async": "which adapters an instance holds is its own affair",
 }
 """What AsyncLLM may ask of its engine core and a fleet answers with NotImplementedError, and why."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from bench.models.adapters import write_adapter
 from instance.spec import InstanceSpec
 from orchestrator.gateway.spec import GatewayConfig, Member
 from tests.support.gateway_thread import GatewayThread
@@ -45,9 +47,11 @@ SCHEMA: Any = {
     "additionalProperties": False,
 }
 ENDED = {"stop", "length"}
+ADAPTERS = ("pirate", "poet")
 
 
-def flags() -> tuple[str, ...]:
+def flags(adapters: dict[str, Path] | None = None) -> tuple[str, ...]:
+    lora = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--lora-modules") if adapters else ()
     return (
         str(tiny_model_path()),
         *("--served-model-name", MODEL),
@@ -57,6 +61,8 @@ def flags() -> tuple[str, ...]:
         *("--max-num-seqs", "16"),
         *("--scheduling-policy", "priority"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *lora,
+        *(f"{name}={folder}" for name, folder in (adapters or {}).items()),
     )
 
 
@@ -77,11 +83,15 @@ class Surface:
 
 @pytest.fixture(scope="module")
 def surface(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surface]:
-    specs = [InstanceSpec(f"instance-{n}", 1, engine_argv=flags(), token="test") for n in range(2)]
+    folder = tmp_path_factory.mktemp("adapters")
+    argv = flags(
+        {name: write_adapter(folder / name, seed, tiny_model_path()) for seed, name in enumerate(ADAPTERS, start=1)}
+    )
+    specs = [InstanceSpec(f"instance-{n}", 1, engine_argv=argv, token="test") for n in range(2)]
     processes = start_instances(specs, tmp_path_factory.mktemp("logs"))
     gateway = GatewayThread()
     try:
-        gateway.start(GatewayConfig(flags(), port=0, token="test"), [process.member for process in processes])
+        gateway.start(GatewayConfig(argv, port=0, token="test"), [process.member for process in processes])
         it = Surface(gateway, processes)
         yield it
         it.http.close()
@@ -110,6 +120,27 @@ def test_a_stream_is_the_same_text_as_one_answer_and_tells_its_usage(surface: Su
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     deltas = [choice.delta.content or "" for chunk in surface.chat(stream=True) for choice in chunk.choices]
     assert "".join(deltas) == surface.chat().choices[0].message.content
+
+
+def test_an_adapter_of_lora_modules_is_a_model_of_its_own_at_every_instance(surface: Surface) -> None:
+    """Both are asked so often that both instances load both."""
+    assert [model.id for model in surface.client.models.list()] == [MODEL, *ADAPTERS]
+
+    def say(model: str) -> str:
+        answer = surface.client.completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0.0)
+        assert answer.model == model
+        return str(answer.choices[0].text)
+
+    said = {}
+    for model in (MODEL, *ADAPTERS):
+        with ThreadPoolExecutor(4) as pool:
+            texts = set(pool.map(say, [model] * 4))
+        assert len(texts) == 1, "the same at both instances"
+        said[model] = texts.pop()
+    assert len(set(said.values())) == 3, "the control: without its adapter a model says something else"
+    assert say(MODEL) == said[MODEL]
+    with pytest.raises(openai.NotFoundError):
+        say("no-such-adapter")
 
 
 def test_both_instances_give_the_same_greedy_and_seeded_text(surface: Surface) -> None:
@@ -196,7 +227,7 @@ def test_a_client_that_goes_away_leaves_no_request_at_the_engines(surface: Surfa
 
 
 def test_the_operators_endpoints_answer(surface: Surface) -> None:
-    assert [one.id for one in surface.client.models.list().data] == [MODEL]
+    assert [one.id for one in surface.client.models.list().data] == [MODEL, *ADAPTERS]
     tokens = surface.http.post("/tokenize", json={"model": MODEL, "prompt": "a fox"}).json()["tokens"]
     text = surface.http.post("/detokenize", json={"model": MODEL, "tokens": tokens}).json()["prompt"]
     assert text.strip().endswith("a fox")

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from bench.models.adapters import write_adapter
 from tests.support.model import tiny_model_path
 from tests.support.moved_streams import GREEDY, MODEL, Sampling, moved_texts, owners_of, text_of, texts_of
 from tests.support.serving import Serving, wait_gone
@@ -30,9 +31,14 @@ FLAGS = (
 )
 
 
+ADAPTER = "pirate"
+
+
 @pytest.fixture(scope="module")
-def serving() -> Iterator[Serving]:
-    cluster = Serving(str(tiny_model_path()), "--instances", "2", "--no-rebalance", *FLAGS, num_gateways=2)
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    adapter = write_adapter(tmp_path_factory.mktemp("adapters") / ADAPTER, 1, tiny_model_path())
+    lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={adapter}")
+    cluster = Serving(str(tiny_model_path()), "--instances", "2", "--no-rebalance", *FLAGS, *lora, num_gateways=2)
     try:
         cluster.wait_ready(READY_S)
         yield cluster
@@ -53,6 +59,16 @@ async def test_a_stream_moved_three_times_there_and_back_says_what_one_left_alon
     moved, num_committed = await moved_texts(serving, f"moved-{kind}", NUM_TOKENS, sampling, NUM_HOPS)
     assert num_committed == NUM_HOPS
     assert moved == alone
+
+
+async def test_a_stream_of_an_adapter_moves_with_its_adapter(serving: Serving) -> None:
+    """The other instance has not heard of the adapter before."""
+    sampling: Sampling = {**GREEDY, "model": ADAPTER}
+    moved, num_committed = await moved_texts(serving, "adapter-moved", 1000, sampling, num_hops=3)
+    assert num_committed == 3
+    assert moved == await texts_of(serving, "adapter-alone", 1000, sampling)
+    plain = await text_of(serving, "no-adapter", 60)
+    assert not moved[0].startswith(plain.removesuffix("<length>")), "the control: the adapter matters"
 
 
 async def test_a_stop_string_ends_a_moved_answer_where_it_ends_one_left_alone(serving: Serving) -> None:

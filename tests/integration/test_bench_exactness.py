@@ -29,6 +29,7 @@ NOTICED_BY = {
     "outputs": "penalties, seeded",
     "grammar": "regex",
     "parameters": "allowed ids",
+    "adapter": "adapter",
     "offset": "greedy",
     "release": "greedy",
 }

@@ -76,6 +76,11 @@ def test_too_little_memory_for_the_kv_cache_is_told_by_the_instance() -> None:
     assert is_one_line(done, "instance-0: ", "memory", "cache"), done.err
 
 
+def test_nccl_where_there_is_no_gpu_is_told_with_what_to_use_instead() -> None:
+    done = serve("fake", "--engine", "fake", "--gateways", "0", "--carrier", "nccl")
+    assert is_one_line(done, "--carrier nccl", "--carrier tcp"), done
+
+
 def test_a_flag_only_the_instance_can_judge_stops_everything() -> None:
     done = serve("fake", "--engine", "fake", "--gateways", "0", "--num-gpu-blocks-override", "0")
     assert is_one_line(done, "at least 1"), done
@@ -106,6 +111,8 @@ def test_nothing_at_the_admin_address_is_one_line(arguments: tuple[str, ...], wo
         (("serve", "m", "--instances", "0"), "--instances"),
         (("serve", "m", "--instances", "two"), "--instances"),
         (("serve", "m", "--port", "9", "--admin-port", "9"), "both 9"),
+        (("serve", "m", "--carrier", "pigeon"), "--carrier"),
+        (("serve", "m", "--carrier", "nccl", "--carrier-checksum"), "--carrier-checksum"),
         (("serve", "m", "--config", "no-such-file.yaml"), "no-such-file.yaml"),
         (("serve", "m", "--journal", "no/such/folder/j"), "no/such/folder"),
     ],
@@ -113,6 +120,12 @@ def test_nothing_at_the_admin_address_is_one_line(arguments: tuple[str, ...], wo
 def test_a_mistake_of_our_own_flags_is_one_line(arguments: tuple[str, ...], words: str) -> None:
     done = kvferry(*arguments)
     assert is_one_line(done, words), done
+
+
+def test_a_carrier_the_demo_cannot_use_is_one_line() -> None:
+    done = kvferry("demo", "--carrier", "nccl")
+    assert done.status == 2 and done.err.startswith("kvferry demo: --carrier is 'nccl'"), done
+    assert len(done.err.splitlines()) == 1
 
 
 def test_a_setting_of_the_environment_or_the_file_is_named_where_it_stands(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from instance.errors import StartError
 from instance.mailbox import Mailbox
 from instance.messages import Abort, MigrationEnvelope
 from instance.service import InstanceService
-from instance.spec import EngineKind, InstanceSpec, MigrationSummary
+from instance.spec import Carrier, EngineKind, InstanceSpec, MigrationSummary
 from migration.types import Incarnation
 from tests.support.fleet import Fleet, a_request, expected_output, fleet_of
 
@@ -20,11 +20,11 @@ async def migrate(fleet: Fleet, request_id: str, source: str, destination: str, 
     return await fleet.services[source].migrate(request_id, fleet.members[destination], mode)
 
 
-@pytest.mark.parametrize("carrier", ["tcp", "shm"])
+@pytest.mark.parametrize("carrier", [Carrier.TCP, Carrier.SHM])
 @pytest.mark.parametrize("mode", ["live", "blocking", "recompute"])
-async def test_a_stream_goes_on_exactly_where_it_was_after_a_migration(mode: str, carrier: str) -> None:
+async def test_a_stream_goes_on_exactly_where_it_was_after_a_migration(mode: str, carrier: Carrier) -> None:
     request = a_request(1, num_prompt_tokens=300, max_tokens=800)
-    async with fleet_of(2, carriers=(carrier,)) as fleet:
+    async with fleet_of(2, carrier=carrier) as fleet:
         await fleet.run("i0", "r", request, 30)
         told = await migrate(fleet, "r", "i0", "i1", mode)
         assert (told.outcome, told.source, told.destination) == ("committed", "i0", "i1"), told

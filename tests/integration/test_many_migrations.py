@@ -11,7 +11,7 @@ from itertools import permutations
 
 import pytest
 
-from instance.spec import MigrationSummary
+from instance.spec import Carrier, MigrationSummary
 from tests.support.fleet import Fleet, a_request, expected_output, fleet_of
 
 MANY = 8
@@ -29,13 +29,13 @@ def shares(names: list[str], num_each: int) -> dict[str, str]:
     return {f"{name}-r{number}": name for name in names for number in range(num_each)}
 
 
-@pytest.mark.parametrize("carrier", ["tcp", "shm"])
-async def test_eight_requests_cross_eight_others_between_one_pair(carrier: str) -> None:
+@pytest.mark.parametrize("carrier", [Carrier.TCP, Carrier.SHM])
+async def test_eight_requests_cross_eight_others_between_one_pair(carrier: Carrier) -> None:
     starts = shares(["i0", "i1"], MANY)
     requests = {name: a_request(key, 100 + 30 * key, 500) for key, name in enumerate(starts)}
     limits = {"max_migrations_out": MANY, "max_migrations_in": MANY}
     flags = ("--num-gpu-blocks-override", "2048", "--max-num-seqs", "32")
-    async with fleet_of(2, *SLOW, *flags, carriers=(carrier,), **limits) as fleet:
+    async with fleet_of(2, *SLOW, *flags, carrier=carrier, **limits) as fleet:
         await asyncio.gather(*(fleet.run(starts[name], name, request, 5) for name, request in requests.items()))
         other = {"i0": "i1", "i1": "i0"}
         told = await asyncio.gather(*(migrate(fleet, name, at, other[at]) for name, at in starts.items()))

@@ -17,11 +17,13 @@ from vllm.v1.engine.core import EngineCore
 
 from instance.errors import StartError
 from instance.messages import OutputEntry
+from instance.spec import Carrier
 from instance.vllm import compat
 from instance.vllm.codec import CodecError, decode_output, decode_request, encode_output, encode_request
 from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv, with_memory_share
 from instance.vllm.host import VllmEngine
-from instance.vllm.scheduler import FerryMixin, why_unmovable
+from instance.vllm.refusals import why_unmovable
+from instance.vllm.scheduler import FerryMixin
 from migration.types import RequestId
 from tests.support.model import tiny_model_path
 from tests.support.pair import EnginePair, Shape
@@ -127,10 +129,12 @@ def test_min_tokens_with_many_stop_ids_is_refused_on_the_v2_runner(
             block_pool=SimpleNamespace(num_gpu_blocks=100), coordinator=SimpleNamespace(single_type_managers=())
         ),
         use_v2_model_runner=is_v2,
+        encoder_cache_manager=SimpleNamespace(cache_size=0),
+        max_num_encoder_input_tokens=0,
         _ferry_whole_seeded_prefills=False,
     )
     params = SamplingParams(min_tokens=5, max_tokens=50, stop_token_ids=list(range(num_stop_ids)))
-    request: Any = SimpleNamespace(num_prompt_tokens=10, max_tokens=50, sampling_params=params)
+    request: Any = SimpleNamespace(num_prompt_tokens=10, max_tokens=50, sampling_params=params, mm_features=[])
     assert (FerryMixin.ferry_why_unservable(scheduler, request) is not None) is is_refused
 
 
@@ -142,7 +146,7 @@ def test_min_tokens_with_many_stop_ids_is_refused_on_the_v2_runner(
     [
         ("resumable", True, "streaming session"),
         ("kv_transfer_params", {"do_remote_prefill": True}, "connector"),
-        ("mm_features", ["an image"], "multimodal"),
+        ("mm_features", [SimpleNamespace(modality="audio", data={})], "multimodal"),
         ("prompt_embeds", object(), "embeddings"),
         ("lora_request", SimpleNamespace(load_inplace=True), "LoRA"),
         ("sampling_params", None, "pooling"),
@@ -227,6 +231,9 @@ def test_an_engine_that_moves_nothing_still_serves_and_says_why(monkeypatch: pyt
         ((str(tiny_model_path()), "--no-such-flag"), "--no-such-flag"),
         ((str(tiny_model_path()), "--max-num-seqs", "many"), "many"),
         ((str(tiny_model_path()), "--data-parallel-size", "2"), "--instances"),
+        ((str(tiny_model_path()), "--lora-modules", "a=./nowhere"), "--enable-lora"),
+        ((str(tiny_model_path()), "--enable-lora", "--lora-modules", "a=./nowhere"), "no LoRA adapter a at ./nowhere"),
+        ((str(tiny_model_path()), "--enable-lora", "--lora-modules", f"a={tiny_model_path()}"), "adapter_config.json"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_line(argv: tuple[str, ...], words: str) -> None:
@@ -246,7 +253,7 @@ def test_a_value_vllm_refuses_is_one_line_and_a_start_error() -> None:
         engine_config(parse_serve_argv(argv))
     assert "\n" not in str(error.value)
     with pytest.raises(StartError):
-        VllmEngine.from_argv(argv, ("tcp",), "127.0.0.1", "token")
+        VllmEngine.from_argv(argv, Carrier.TCP, "127.0.0.1", "token")
 
 
 def test_our_defaults_give_way_to_the_users_flags() -> None:

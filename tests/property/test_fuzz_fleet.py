@@ -10,6 +10,7 @@ from collections import Counter
 from instance.errors import MalformedFleetMessage
 from instance.mailbox import decode, encode
 from instance.messages import FleetMessage, Frame, LoadReport, OutputEntry, OwnerChanged, RequestReport, SubmitAnswer
+from instance.replay import STAMP_BYTES, ReplayGuard, Session
 from instance.seal import MAC_BYTES, Seal
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.core import Orchestrator
@@ -21,7 +22,7 @@ from tests.support.mutate import Mutator
 from tests.support.reports import load_report, request_load, request_report
 
 SEAL, HERE = Seal("test"), "tcp://gateway"
-HEADER_BYTES = 1 + MAC_BYTES
+HEADER_BYTES = 1 + MAC_BYTES + STAMP_BYTES
 NAMES = ("instance-0", "instance-1")
 LOAD = load_report("instance-0", step=7, num_running=2, free_blocks=900)
 
@@ -29,11 +30,12 @@ LOAD = load_report("instance-0", step=7, num_running=2, free_blocks=900)
 def messages_of(mutator: Mutator, num_frames: int) -> list[FleetMessage]:
     """Those of the frames that a member's parser lets through."""
     found: list[FleetMessage] = []
+    session, guard = Session(), ReplayGuard()
     for _ in range(num_frames):
         frame = mutator.frame()
-        body = frame[HEADER_BYTES:]
+        body = session.stamp() + frame[HEADER_BYTES:]
         try:
-            found.append(decode(frame[:1] + SEAL.mac(HERE, body) + body, SEAL, HERE))
+            found.append(decode(frame[:1] + SEAL.mac(HERE, body) + body, SEAL, HERE, guard))
         except MalformedFleetMessage:
             continue
     return found
@@ -59,7 +61,7 @@ def test_a_router_takes_six_thousand_hostile_frames() -> None:
         Frame("instance-1", 1, 8, 0.5, (OutputEntry("r1", 2, (3,), 1), OutputEntry("r2", 5, (4,))), LOAD),
         OwnerChanged("r1", "instance-1", 1, 2),
     )
-    mutator = Mutator(11, [encode(message, SEAL, HERE) for message in valid], HEADER_BYTES)
+    mutator = Mutator(11, [encode(message, SEAL, HERE, Session()) for message in valid], HEADER_BYTES)
     kinds: Counter[str] = Counter()
     now_s = 0.0
     for number, message in enumerate(messages_of(mutator, 6_000)):
@@ -85,7 +87,7 @@ def test_the_core_takes_four_thousand_hostile_reports() -> None:
         *(load_report(name, step=9, free_blocks=10, num_running=9) for name in NAMES),
         *(request_report(name, *(request_load(f"r{n}") for n in range(5)), step=9) for name in NAMES),
     )
-    mutator = Mutator(12, [encode(message, SEAL, HERE) for message in valid], HEADER_BYTES)
+    mutator = Mutator(12, [encode(message, SEAL, HERE, Session()) for message in valid], HEADER_BYTES)
     kinds: Counter[str] = Counter()
     now_s = 0.0
     for message in messages_of(mutator, 4_000):

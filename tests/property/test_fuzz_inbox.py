@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import zmq
 
-from instance.errors import MalformedFleetMessage, StrangerMessage
+from instance.errors import MalformedFleetMessage, ReplayedMessage, StrangerMessage
 from instance.fake import FakeEngine
 from instance.fake_model import FakeMove, FakeRequest, encode_fake, expected_output
 from instance.fake_scheduler import FakeConfig
@@ -30,6 +30,7 @@ from instance.messages import (
     SubmitAnswer,
     Subscribe,
 )
+from instance.replay import STAMP_BYTES, ReplayGuard, Session
 from instance.seal import MAC_BYTES, Seal
 from migration import wire
 from migration.messages import Reserve
@@ -42,7 +43,7 @@ from tests.support.reports import request_load
 
 SEAL = Seal(TOKEN)
 HERE = "tcp://127.0.0.1:1"
-HEADER_BYTES = 1 + MAC_BYTES
+HEADER_BYTES = 1 + MAC_BYTES + STAMP_BYTES
 
 LOAD = report("i0", epoch=1, step=7, state="serving", num_running=1, free_blocks=9, submits_seen=3)
 PAYLOAD = encode_fake(a_request(3, 20, 5))
@@ -57,21 +58,23 @@ MESSAGES: tuple[FleetMessage, ...] = (
     OwnerChanged("r", "i1", 1, 17),
     *(MigrationEnvelope("i1", 1, HERE, 1, wire.encode(one)) for one in EXAMPLES),
 )
-FRAMES = tuple(encode(message, SEAL, HERE) for message in MESSAGES)
+FRAMES = tuple(encode(message, SEAL, HERE, Session()) for message in MESSAGES)
 
 
-def sealed(frame: bytes, address: str = HERE) -> bytes:
+def sealed(frame: bytes, session: Session, address: str = HERE) -> bytes:
     """As a member would have sent it."""
-    body = frame[HEADER_BYTES:]
+    body = session.stamp() + frame[HEADER_BYTES:]
     return bytes((WIRE_VERSION,)) + SEAL.mac(address, body) + body
 
 
-def what_it_is(frame: bytes) -> str:
+def what_it_is(frame: bytes, guard: ReplayGuard) -> str:
     """Whatever else `decode` raises is a failure."""
     try:
-        message = decode(frame, SEAL, HERE)
+        message = decode(frame, SEAL, HERE, guard)
     except StrangerMessage:
         return "stranger"
+    except ReplayedMessage:
+        return "replay"
     except MalformedFleetMessage:
         return "malformed"
     assert type(message) in {type(one) for one in MESSAGES}
@@ -83,16 +86,20 @@ def count(num_frames: int, seed: int) -> tuple[Counter[str], Counter[str]]:
     mutator = Mutator(seed, FRAMES, HEADER_BYTES)
     of_strangers: Counter[str] = Counter()
     of_members: Counter[str] = Counter()
+    guard, session = ReplayGuard(), Session()
     for _ in range(num_frames // 2):
         frame = mutator.frame()
-        of_strangers[what_it_is(frame)] += frame not in FRAMES
-        of_members[what_it_is(sealed(mutator.frame()))] += 1
+        of_strangers[what_it_is(frame, guard)] += frame not in FRAMES
+        of_members[what_it_is(sealed(mutator.frame(), session), guard)] += 1
+    guard.check_integrity()
     return of_strangers, of_members
 
 
 def test_the_frames_that_are_changed_are_sound() -> None:
-    assert [what_it_is(frame) for frame in FRAMES] == ["message"] * len(FRAMES)
-    assert [sealed(frame) for frame in FRAMES] == list(FRAMES)
+    guard, session = ReplayGuard(), Session()
+    assert [what_it_is(frame, guard) for frame in FRAMES] == ["message"] * len(FRAMES)
+    assert [what_it_is(frame, guard) for frame in FRAMES] == ["replay"] * len(FRAMES)
+    assert [what_it_is(sealed(frame, session), guard) for frame in FRAMES] == ["message"] * len(FRAMES)
 
 
 def test_sixty_thousand_hostile_frames_are_told_from_messages() -> None:
@@ -100,7 +107,11 @@ def test_sixty_thousand_hostile_frames_are_told_from_messages() -> None:
     assert of_strangers["message"] == 0, "no changed frame passes without the token"
     assert of_strangers["stranger"] > 20_000
     # The control: with the token many reach the parser, and what is well-formed passes it.
-    assert of_members["stranger"] == 0 and of_members["malformed"] > 10_000 and of_members["message"] > 500
+    assert (
+        of_members["stranger"] == of_members["replay"] == 0
+        and of_members["malformed"] > 10_000
+        and of_members["message"] > 500
+    )
 
 
 def reserve_of(request: FakeRequest) -> Reserve:
@@ -122,12 +133,13 @@ async def test_an_instance_serves_on_while_members_gone_mad_and_strangers_send_t
             Subscribe(fleet.gateway.mailbox.address, 5.0),
             MigrationEnvelope("mad", 1, HERE, 1, wire.encode(reserve_of(a_request(3, 40, 60)))),
         )
-        mutator = Mutator(5, [encode(message, SEAL, member.address) for message in messages], HEADER_BYTES)
+        mutator = Mutator(5, [encode(message, SEAL, member.address, Session()) for message in messages], HEADER_BYTES)
+        mad = Session()
         await fleet.run("i0", "mine", request, 3)
         with push_socket(member.address) as enemy:
             for number in range(5_000):
                 frame = mutator.frame()
-                enemy.send(frame if number % 4 == 0 else sealed(frame, member.address))
+                enemy.send(frame if number % 4 == 0 else sealed(frame, mad, member.address))
                 if number % 50 == 0:
                     await service.loop.call(lambda engine: engine.check_integrity())
             fleet.gateway.submit(member, "last", a_request(23, 10, 3))

@@ -19,7 +19,7 @@ from migration.messages import Message, ToDestination
 from migration.params import IncomingParams, MigrationParams, Mode
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, Refusal
 from tests.support.jumping_loop import run_jumping
-from tests.support.migration_kit import BLOCK_SIZE, A, Pair
+from tests.support.migration_kit import BLOCK_SIZE, A, B, Pair
 from tests.support.mutate import Mutator
 
 NUM_BLOCKS = 1_000
@@ -56,7 +56,8 @@ def attack(pair: Pair, mutator: Mutator) -> str:
     if isinstance(message, TO_DESTINATION):
         pair.table.deliver(message, A if mutator.rng.random() < 0.9 else STRANGER)
     elif message.migration_id in pair.drivers:
-        pair.drivers[message.migration_id].deliver(message)  # type: ignore[arg-type]
+        sender = B if mutator.rng.random() < 0.9 else STRANGER
+        pair.drivers[message.migration_id].deliver(message, sender)  # type: ignore[arg-type]
         pair.drivers[message.migration_id].check_integrity()
     return type(message).__name__
 

@@ -10,7 +10,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from instance.messages import OutputEntry
-from instance.types import EngineOutput
+from instance.types import EngineOutput, Submission
 from instance.vllm.codec import decode_output
 from instance.vllm.host import VllmEngine
 from migration.types import RequestId
@@ -82,9 +82,12 @@ class Comparison:
     def start(self) -> RequestId:
         assert self.first.reset_prefix_cache() and self.second.reset_prefix_cache()
         request_id = self.pair.new_id()
-        refusal = self.first.add(submission_of(request_id, self._prompt, self._params(), lora_request=self._adapter))
+        refusal = self.first.add(self._submission(request_id))
         assert refusal is None, refusal
         return request_id
+
+    def _submission(self, request_id: RequestId) -> Submission:
+        return submission_of(request_id, self._prompt, self._params(), lora_request=self._adapter)
 
     def seen(self, request_id: RequestId) -> Seen:
         return seen(self.pair.outputs[request_id])

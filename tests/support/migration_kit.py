@@ -263,7 +263,7 @@ class Pair:
     def _to_source(self, message: Message) -> None:
         driver = self.drivers.get(message.migration_id)
         if driver is not None:
-            driver.deliver(message)  # type: ignore[arg-type]
+            driver.deliver(message, B)  # type: ignore[arg-type]
             driver.check_integrity()
 
     def driver(self, migration_id: str = "m", mode: Mode | None = None, destination: Incarnation = B) -> SourceDriver:

@@ -22,20 +22,27 @@ def client(serving: Serving) -> openai.AsyncOpenAI:
 
 
 async def texts_of(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling = GREEDY) -> tuple[str, ...]:
-    """The text of each choice of one streamed completion, in order of their index, with `finish_reason` at its end."""
+    """The text of each choice of one streamed completion, in order of their index, with `finish_reason` at its end.
+
+    Of a chat where `sampling` holds its `messages`.
+    """
+    messages: Any = sampling.get("messages")
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "max_tokens": num_tokens,
+        "stream": True,
+        "extra_body": {"ignore_eos": True, **{name: value for name, value in sampling.items() if name != "messages"}},
+        "extra_headers": {"x-request-id": request_id},
+    }
     texts: dict[int, list[str]] = defaultdict(list)
     async with client(serving) as api:
-        pieces = await api.completions.create(
-            model=MODEL,
-            prompt="Once upon a time",
-            max_tokens=num_tokens,
-            stream=True,
-            extra_body={"ignore_eos": True, **sampling},
-            extra_headers={"x-request-id": request_id},
-        )
+        if messages is None:
+            pieces = await api.completions.create(prompt="Once upon a time", **asked)
+        else:
+            pieces = await api.chat.completions.create(messages=messages, **asked)
         async for piece in pieces:
             for choice in piece.choices:
-                texts[choice.index].append(choice.text)
+                texts[choice.index].append(choice.text if messages is None else choice.delta.content or "")
                 if choice.finish_reason is not None:
                     texts[choice.index].append(f"<{choice.finish_reason}>")
     return tuple("".join(texts[index]) for index in sorted(texts))

@@ -73,7 +73,8 @@ class Lapse(Enum):
     """What a broken shell leaves out."""
 
     NONE = "none"
-    SERVES_OTHER_EPOCHS = "takes messages that were meant for the epoch before"
+    SERVES_OTHER_EPOCHS = "both sides take messages that were meant for, or come from, another epoch"
+    """At one side alone it does no harm in the explored worlds: the other's look is enough."""
     HEARS_THE_DEAD = "takes messages of an epoch that has ended"
     FORGETS_COMMITTED = "forgets a committed migration while its source still asks"
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from migration import effects as ef
 from migration import events as ev
+from migration import messages as msg
+from migration.table import SourceState as S
 from migration.types import BlockRange, CopyReceipt, NotStopped
 from tests.support.protocol_machines import Machines
 from tests.support.protocol_scenario import (
@@ -16,6 +18,7 @@ from tests.support.protocol_scenario import (
     Disturbance,
     Engine,
     Interner,
+    Lapse,
     Life,
     Packet,
     Scenario,
@@ -108,9 +111,18 @@ class SourceRules:
         key = (side, packet)
         if key not in self._received:
             now, came = self.look(side), self._intern.values[packet]
-            is_fenced = now.is_told and came.from_epoch == 1
-            self._received[key] = (side, ()) if is_fenced else self._event(now, came.message)
+            is_heard = self._is_heard(now, came)
+            self._received[key] = self._event(now, came.message) if is_heard else (side, ())
         return self._received[key]
+
+    def _is_heard(self, side: SourceSide, came: Packet) -> bool:
+        """The agent's part: nothing of an epoch that has ended; and the driver's: of an epoch that was not asked
+        nothing but a refusal to reserve."""
+        if came.from_epoch == 1:
+            return not side.is_told
+        if self._scenario.lapse is Lapse.SERVES_OTHER_EPOCHS:
+            return True
+        return isinstance(came.message, msg.Refused) and self._machines.look(side.machine).state is S.RESERVING
 
     def send_fails(self, side: int) -> int:
         """What it said could not be handed over."""

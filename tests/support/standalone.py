@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from instance.spec import InstanceSpec, InstanceStarted
-from instance.standalone import StartFailed
+from instance.standalone import StartFailed, told
 from orchestrator.gateway.spec import Member
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,11 +22,17 @@ class InstanceProcess:
     """Started at once; `wait` for it, then `stop` or `kill` it."""
 
     def __init__(self, spec: InstanceSpec, log: Path) -> None:
-        command = [sys.executable, "-m", "instance.standalone", msgspec.json.encode(spec).decode()]
+        argument, environment = told(spec)
+        command = [sys.executable, "-m", "instance.standalone", argument]
         self.spec = spec
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
             )
         self._started: InstanceStarted | None = None
 

@@ -10,6 +10,7 @@ import sys
 
 from vllm.sampling_params import SamplingParams
 
+from instance.spec import Carrier
 from instance.vllm.host import VllmEngine
 from tests.support.exactness import Comparison
 from tests.support.pair import Sabotage
@@ -18,7 +19,7 @@ from tests.support.vllm_kit import VllmKit, start_engine
 
 def main(carrier: str) -> None:
     def start() -> VllmEngine:
-        return start_engine((carrier,), tensor_parallel_size=2, max_num_seqs=4)
+        return start_engine(Carrier(carrier), tensor_parallel_size=2, max_num_seqs=4)
 
     kit = VllmKit(start(), start())
     result: dict[str, object] = {

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from instance.spec import Carrier
 from instance.types import Submission
 from instance.vllm.codec import encode_request
 from instance.vllm.host import VllmEngine
@@ -46,8 +47,8 @@ def engine_argv(model: Path | None = None, **changes: object) -> tuple[str, ...]
     return tuple(argv)
 
 
-def start_engine(carriers: tuple[str, ...] = ("tcp",), model: Path | None = None, **changes: object) -> VllmEngine:
-    return VllmEngine.from_argv(engine_argv(model, **changes), carriers, "127.0.0.1", "a-token")
+def start_engine(carrier: Carrier = Carrier.TCP, model: Path | None = None, **changes: object) -> VllmEngine:
+    return VllmEngine.from_argv(engine_argv(model, **changes), carrier, "127.0.0.1", "a-token")
 
 
 def prompt_of(key: int, num_tokens: int, vocabulary: int = 500) -> list[int]:

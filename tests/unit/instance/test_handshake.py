@@ -31,6 +31,7 @@ HERE = Compatibility(
     block_size=16,
     tensor_parallel_size=2,
     model_runner="V1",
+    speculation="3 tokens by ngram of 1 to 3",
     adapters=(Adapter("french", "ffff"),),
 )
 
@@ -46,6 +47,7 @@ DIFFERENCES: dict[str, tuple[Any, str]] = {
     "block_size": (32, "the source has blocks of 32 tokens, this instance 16"),
     "tensor_parallel_size": (1, "the source runs at tensor parallelism 1, this instance 2"),
     "model_runner": ("V2", "the source has model runner V2, this instance V1"),
+    "speculation": ("", "the source guesses none, this instance 3 tokens by ngram of 1 to 3"),
     "adapters": ((), "the source has LoRA adapters none, this instance french (ffff)"),
 }
 

@@ -15,7 +15,7 @@ from migration.stages import Landing, StopReason, max_push_blocks, next_push
 from migration.table import SourceState
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId, Outcome, StageReport
 from tests.support.jumping_loop import run_jumping
-from tests.support.migration_kit import REQUEST, Pair, ToyMover
+from tests.support.migration_kit import REQUEST, B, Pair, ToyMover
 
 PORT_CALLS = ["reserve", "grow", "open", "wait_ready", "cancel"]
 
@@ -162,7 +162,7 @@ def test_what_is_said_to_a_driver_while_it_winds_up_raises_nothing(is_cancelled:
         if is_cancelled:
             moving.cancel()
         await asyncio.sleep(after_s)
-        driver.deliver(Grown(migration_id="m", num_blocks=1))
+        driver.deliver(Grown(migration_id="m", num_blocks=1), B)
         driver.client_aborted()
         driver.peer_lost()
         driver.cancel("again")

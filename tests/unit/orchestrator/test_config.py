@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from instance.spec import Carrier
 from orchestrator.config import Engine, ServeConfig, admin_address, serve_config
 from orchestrator.errors import ConfigError
 
@@ -24,7 +25,9 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(tmp_path: Path
 
 def test_values_are_read_as_the_fields_type() -> None:
     environment = {"KVFERRY_TICK_S": "0.25", "KVFERRY_ENGINE": "fake", "KVFERRY_LOG_LEVEL": "debug"}
+    environment |= {"KVFERRY_CARRIER": "tcp", "KVFERRY_CARRIER_CHECKSUM": "yes"}
     settings = serve_config({"model": "m"}, environment, None, ())
+    assert (settings.carrier, settings.carrier_checksum) == (Carrier.TCP, True)
     assert (settings.tick_s, settings.engine, settings.log_level) == (0.25, Engine.FAKE, "DEBUG")
 
 
@@ -42,6 +45,8 @@ def test_values_are_read_as_the_fields_type() -> None:
         ({"log_level": "LOUD"}, "--log-level"),
         ({"engine": "magic"}, "vllm, fake"),
         ({"model": ""}, "name a model"),
+        ({"carrier": "pigeon"}, "--carrier is 'pigeon', it must be one of shm, tcp, nccl"),
+        ({"carrier": "nccl", "carrier_checksum": True}, "knows no checksums"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(settings: dict[str, object], words: str) -> None:

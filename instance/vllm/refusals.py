@@ -1,0 +1,64 @@
+"""Why may a request not be moved? Every reason that this engine has, asked before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from instance.types import EngineFacts
+from instance.vllm import images, speculation
+from instance.vllm.handshake import why_refused
+from migration.types import Description
+
+MAX_SUBMISSION_BYTES = 32 << 20
+"""A larger one (many or very large images) stays where it is: it would cross in one message, of which at most 64 MiB
+are read, and both ends copy it between two steps."""
+
+
+def why_unmovable(request: Request, images_refused: str | None = None, num_guesses: int = 0) -> str | None:
+    """One line that says why this request cannot be moved (now), or None. `images_refused`: what
+    `images.why_never_movable` says of this engine; `num_guesses`: at most so many tokens are guessed ahead."""
+    params = request.sampling_params
+    if params is None:
+        return "it is a pooling request"
+    is_prefilling = 0 < request.num_computed_tokens < request.num_prompt_tokens
+    facts = (
+        (request.resumable, "it is a streaming session"),
+        (request.kv_transfer_params is not None, "its KV is moved by a KV connector"),
+        (request.ec_transfer_params is not None, "its encoder outputs are moved by a connector"),
+        (request.status == RequestStatus.WAITING_FOR_REMOTE_KVS, "its KV is being loaded from elsewhere"),
+        (request.prompt_embeds is not None, "its prompt is embeddings"),
+        (request.prompt_token_ids is None, "it has no prompt tokens"),
+        (_is_loaded_anew(request), "its LoRA adapter is loaded anew with every step"),
+        (params.prompt_logprobs is not None and is_prefilling, "its prompt logprobs are not complete yet"),
+    )
+    reason = next((reason for is_so, reason in facts if is_so), None) or speculation.why_unmovable(request, num_guesses)
+    if reason is not None or not request.mm_features:
+        return reason
+    return images_refused or images.why_unmovable(request.mm_features, request.lora_request is not None)
+
+
+def why_too_large(payload: bytes) -> str | None:
+    """The same for the request as it was submitted."""
+    if len(payload) <= MAX_SUBMISSION_BYTES:
+        return None
+    return f"its submission of {len(payload)} bytes is larger than the {MAX_SUBMISSION_BYTES} that are moved"
+
+
+def why_not_here(facts: EngineFacts, scheduler: Any, description: Description) -> str | None:
+    """One line that says why this engine can take no such request in, or not this one again, or None."""
+    request_id = description.request_id
+    incompatible = why_refused(description.kv_fingerprint, facts.kv_fingerprint)
+    reasons = (
+        (facts.migration_refused_because is not None, str(facts.migration_refused_because)),
+        (incompatible is not None, str(incompatible)),
+        (description.block_size != facts.block_size, "its blocks have another size"),
+        (request_id in scheduler.requests, "the request is here already"),
+        (request_id in getattr(scheduler, "ferry_in", ()), "the request is on its way here already"),
+    )
+    return next((reason for is_so, reason in reasons if is_so), None)
+
+
+def _is_loaded_anew(request: Request) -> bool:
+    return request.lora_request is not None and bool(request.lora_request.load_inplace)

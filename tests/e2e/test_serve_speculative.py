@@ -1,0 +1,53 @@
+"""Do streams of `kvferry serve` move while their instances guess tokens ahead? Seen from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.model import tiny_model_path
+from tests.support.moved_streams import GREEDY, MODEL, OTHER, Sampling, moved_texts, owners_of, texts_of
+from tests.support.serving import Serving
+
+pytestmark = pytest.mark.timeout(300)
+
+READY_S = 240.0
+NUM_TOKENS = 1800
+NUM_HOPS = 3
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+FLAGS = (
+    *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32"),
+    *("--num-gpu-blocks-override", "256", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "16"),
+    *("--speculative-config", json.dumps(NGRAM)),
+)
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Serving]:
+    cluster = Serving(str(tiny_model_path()), "--instances", "2", "--no-rebalance", *FLAGS, num_gateways=1)
+    try:
+        cluster.wait_ready(READY_S)
+        yield cluster
+    finally:
+        cluster.end()
+
+
+async def test_a_greedy_stream_moved_there_and_back_says_what_one_left_alone_says(serving: Serving) -> None:
+    sampling: Sampling = {**GREEDY, "frequency_penalty": 0.3}  # or it would go round in circles, and end too soon
+    alone = await texts_of(serving, "alone", NUM_TOKENS, sampling)
+    moved, num_committed = await moved_texts(serving, "moved", NUM_TOKENS, sampling, NUM_HOPS)
+    assert num_committed == NUM_HOPS
+    assert moved == alone
+
+
+async def test_a_sampled_stream_stays_where_it_is_and_says_why(serving: Serving) -> None:
+    reading = asyncio.create_task(texts_of(serving, "sampled", NUM_TOKENS, {"temperature": 0.8, "seed": 17}))
+    ((name, owner),) = (await owners_of(serving, "sampled")).items()
+    done = await asyncio.to_thread(serving.command, "migrate", name, "--to", OTHER[owner])
+    assert not reading.done()
+    assert done.status != 0 and "sampled" in done.out + done.err, done
+    (text,) = await reading
+    assert text.endswith("<length>")
