@@ -7,8 +7,9 @@ Two real instances on this machine. A request of the wanted length decodes at th
 arms are interleaved in one run. Downtime is the gap between the end of the last step that gave a token at the source
 and the end of the first one at the destination, both on this machine's clock.
 
-The second part lets other requests decode on both sides and compares their token gaps during a live copy with those
-just before it.
+The second part lets other requests decode on both sides while one is moved there and back, with prefix caches off so
+that each move copies all of it, and compares their token gaps during a copy with those just before it, and those with
+the gaps before them: what two spans without a move differ by.
 
 Both are done with two models (bench/models/README.md): `wide`, whose KV beside its weights is what served models have,
 at all lengths; and `tiny`, the demo's, whose step at 8k tokens is mostly reading KV, at the shortest and the longest.
@@ -43,8 +44,12 @@ SETTLE_TOKENS = 24
 """Tokens decoded at the source before the move, and what the step time is taken from."""
 AFTER_TOKENS = 4
 OTHERS_LENGTH = 200
-BEFORE_S = 0.25
-"""Gaps of the others are compared with those of this long before the copy began."""
+SPAN_S = 0.5
+"""Gaps of the others are compared with those of this long before the copy began, and those with as long before."""
+PAUSE_S = 0.2
+"""Between a move and the first of these spans."""
+FRESH_TOKENS, MAX_TOKENS = 1300, 2000
+"""After so many of its tokens all are submitted anew; and what each may put out, which leaves room for a last move."""
 
 
 def engine_argv(longest: int, model: str = ALSO) -> tuple[str, ...]:
@@ -111,17 +116,30 @@ def gaps_between(streams: Sequence[Stream], first_s: float, end_s: float) -> lis
 
 
 async def slowdowns(
-    fleet: Fleet, rng: random.Random, model: str, lengths: Sequence[int], options: argparse.Namespace, say: Progress
+    fleet: Fleet, rng: random.Random, model: str, length: int, options: argparse.Namespace, say: Progress
 ) -> list[Slowdown]:
-    """Live moves beside `options.others` requests that decode on each side."""
+    """Live moves of one request there and back beside `options.others` requests that decode on each side."""
     found: list[Slowdown] = []
-    trials = max(4, trials_of(options))
-    task = say.add_task(f"{model}: slow-down of others", total=(trials + 1) * len(lengths))
-    for trial in range(trials + 1):
-        for length in lengths:
-            rows = await _slowdown_once(fleet, rng, model, length, options.others)
-            found += rows if trial else []  # the first round warms up
-            say.advance(task)
+    wanted = 4 * max(3, trials_of(options))
+    task = say.add_task(f"{model}: slow-down of others", total=wanted)
+    is_warm = False
+    while len(found) < wanted:
+        beside = {
+            name: [fleet.submit(name, prompt(rng, OTHERS_LENGTH), MAX_TOKENS) for _ in range(options.others)]
+            for name in fleet.instances
+        }
+        moved = fleet.submit("source", prompt(rng, length - SETTLE_TOKENS), MAX_TOKENS)
+        everyone = [moved, *(stream for streams in beside.values() for stream in streams)]
+        for stream in everyone:
+            await stream.wait_tokens(SETTLE_TOKENS)
+        way = ("source", "destination")
+        while len(found) < wanted and max(len(stream.tokens) for stream in everyone) < FRESH_TOKENS:
+            rows = await _slowdown_once(fleet, model, moved, way, beside)
+            way = way[::-1]
+            found += rows if is_warm else []
+            is_warm = True
+            say.update(task, completed=len(found))
+        fleet.abort(*everyone)
     return found
 
 
@@ -129,33 +147,30 @@ def trials_of(options: argparse.Namespace) -> int:
     return options.trials or (3 if options.quick else 9)
 
 
-async def _slowdown_once(fleet: Fleet, rng: random.Random, model: str, length: int, others: int) -> list[Slowdown]:
-    beside = {
-        name: [fleet.submit(name, prompt(rng, OTHERS_LENGTH), max_tokens=1800) for _ in range(others)]
-        for name in fleet.instances
-    }
-    moved = fleet.submit("source", prompt(rng, length - SETTLE_TOKENS), max_tokens=1024)
-    await moved.wait_tokens(SETTLE_TOKENS)
-    everyone = [stream for streams in beside.values() for stream in streams]
-    for stream in everyone:
-        await stream.wait_tokens(SETTLE_TOKENS)
-    await asyncio.sleep(BEFORE_S)
+async def _slowdown_once(
+    fleet: Fleet, model: str, moved: Stream, way: tuple[str, str], beside: dict[str, list[Stream]]
+) -> list[Slowdown]:
+    """One row an instance. Raises FleetError when the move did not commit."""
     loop = asyncio.get_running_loop()
-    begun_s = loop.time()
-    summary = await fleet.migrate(moved, "source", "destination")
+    await asyncio.sleep(PAUSE_S)
+    earlier_s = loop.time()
+    await asyncio.sleep(2 * SPAN_S)
+    before_s, begun_s = earlier_s + SPAN_S, loop.time()
+    summary = await fleet.migrate(moved, *way)
     if summary.outcome != "committed":
-        raise FleetError(f"a live migration of {length} tokens ended {summary.outcome}: {summary.reason}")
+        raise FleetError(f"a live migration beside others ended {summary.outcome}: {summary.reason}")
     # The copy, without the stop: what is asked is what copying costs those who decode meanwhile.
     end_s = begun_s + summary.duration_s - summary.stopped_s
-    for stream in everyone:
-        await stream.wait_tokens(len(stream.tokens) + 2)
-    fleet.abort(moved, *everyone)
+    for streams in beside.values():
+        for stream in streams:
+            await stream.wait_tokens(len(stream.tokens) + 2)
     rows: list[Slowdown] = []
     for name, streams in beside.items():
-        during = gaps_between(streams, begun_s, end_s)
-        before = gaps_between(streams, begun_s - BEFORE_S, begun_s)
-        if during and before:
-            rows.append(Slowdown(model, name, length, fmean(before), fmean(during)))
+        spans = ((earlier_s, before_s), (before_s, begun_s), (begun_s, end_s))
+        earlier, before, during = (gaps_between(streams, *span) for span in spans)
+        if earlier and before and during:
+            role = "source" if name == way[0] else "destination"
+            rows.append(Slowdown(model, role, summary.moved_tokens, fmean(earlier), fmean(before), fmean(during)))
     return rows
 
 
@@ -169,7 +184,10 @@ async def run(options: argparse.Namespace, console: Console) -> Result:
         async with Fleet.running(("source", "destination"), engine_argv(max(lengths), model)) as fleet:
             with Progress(console=console, transient=True) as say:
                 arms += await downtimes(fleet, rng, model, at, trials_of(options), say)
-                slow += await slowdowns(fleet, rng, model, lengths[-2:], options, say)
+        whole_copies = (*engine_argv(max(lengths), model), "--no-enable-prefix-caching")
+        async with Fleet.running(("source", "destination"), whole_copies) as fleet:
+            with Progress(console=console, transient=True) as say:
+                slow += await slowdowns(fleet, rng, model, max(lengths), options, say)
         console.print(table_of(arms, model))
     console.print(slow_table(slow))
     if options.picture:

@@ -34,17 +34,24 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """Mean gap of the others' tokens on one instance, during one live copy and just before."""
+    """Mean gap of the others' tokens on one instance: during one live copy, just before, and before that."""
 
     model: str
-    instance: str
+    role: str
+    """Of the instance in this move."""
     length: int
+    earlier_s: float
     before_s: float
     during_s: float
 
     @property
     def ratio(self) -> float:
         return self.during_s / self.before_s
+
+    @property
+    def null_ratio(self) -> float:
+        """The same of two spans without a move: what the machine's noise makes of it."""
+        return self.before_s / self.earlier_s
 
 
 def figures(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, also: str) -> dict[str, float | int | None]:
@@ -72,6 +79,7 @@ def _figures(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str) -> dict[
         "step_growth_256_8k": step_s(longest) / step_s(shortest),
         "live_over_reprefill_8k": downtime_s("live", longest) / downtime_s("recompute", longest),
         "others_slowdown": median(row.ratio for row in slow if row.model == model) - 1.0,
+        "others_slowdown_no_move": median(row.null_ratio for row in slow if row.model == model) - 1.0,
     }
 
 
@@ -99,22 +107,21 @@ def table_of(arms: Sequence[Arm], model: str) -> Table:
 
 
 def slow_table(slow: Sequence[Slowdown]) -> Table:
-    table = Table(title="gaps between tokens of the others, during a live copy over just before")
-    for name in ("model", "tokens moved", "at", "n", "before ms", "during ms", "ratio"):
+    table = Table(title="gaps between tokens of the others, during a live copy over just before; the same with no move")
+    for name in ("model", "at the", "n", "before ms", "during ms", "ratio", "no move"):
         table.add_column(name, justify="right")
-    grouped: dict[tuple[str, int, str], list[Slowdown]] = defaultdict(list)
+    grouped: dict[tuple[str, str], list[Slowdown]] = defaultdict(list)
     for row in slow:
-        grouped[row.model, row.length, row.instance].append(row)
-    for (model, length, instance), rows in grouped.items():
-        ratio = spread_of([row.ratio for row in rows])
+        grouped[row.model, row.role].append(row)
+    for (model, role), rows in grouped.items():
+        spreads = [spread_of([row.ratio for row in rows]), spread_of([row.null_ratio for row in rows])]
         table.add_row(
             model,
-            str(length),
-            instance,
+            role,
             str(len(rows)),
             f"{median(row.before_s for row in rows) * 1e3:.2f}",
             f"{median(row.during_s for row in rows) * 1e3:.2f}",
-            f"{ratio['median']:.3f} ({ratio['p10']:.3f} .. {ratio['p90']:.3f})",
+            *(f"{ratio['median']:.3f} ({ratio['p10']:.3f} .. {ratio['p90']:.3f})" for ratio in spreads),
         )
     return table
 
@@ -132,6 +139,7 @@ def result_of(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, also: s
         for name, rows in keyed.items()
     }
     ratios = {f"{name}_others": [row.ratio for row in slow if row.model == name] for name in (model, also)}
+    ratios |= {f"{name}_no_move": [row.null_ratio for row in slow if row.model == name] for name in (model, also)}
     return Result(
         name="downtime",
         command=shlex.join(["python", "-m", "bench.downtime", *sys.argv[1:]]),

@@ -66,7 +66,9 @@ REQUESTS, QUICK_REQUESTS = 10_000, 300
 BATCH = 24
 BATCHES_A_LINE = 10
 """Where no bar can be drawn, progress is told this often."""
-MAX_MIGRATIONS = 4
+LIMITS = {"max_migrations_out": 4, "max_migrations_in": 4, "copy_bytes_per_s": 100e6}
+"""Of each instance. At the budget that a machine without a GPU has by itself half of the requests end before they have
+moved."""
 MAX_TRIES = 10
 """A kind is given up when so many times its share (and some batches) did not find enough of it in its state."""
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -99,7 +101,7 @@ class Bench:
                 while self._wanted(scene):
                     self._console.print(f"{scene.value}: starting two instances ...")
                     argv = engine_argv(scene)
-                    async with Fleet.running(NAMES, argv, self._program, MAX_MIGRATIONS, LOGS) as fleet:
+                    async with Fleet.running(NAMES, argv, self._program, LOGS, **LIMITS) as fleet:
                         is_sound, num_batches = True, 0
                         while is_sound and self._wanted(scene):
                             is_sound = await self._batch(fleet, scene)

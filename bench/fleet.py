@@ -201,13 +201,13 @@ class Fleet:
         names: Sequence[str],
         engine_argv: Sequence[str],
         program: Sequence[str] = PROGRAM,
-        max_migrations: int = 2,
         logs: Path | None = None,
+        **limits: Any,
     ) -> AsyncIterator[Fleet]:
         """Start all at once; stop all at the end, whatever happens. Raises FleetError when one does not start.
 
-        `program`: a module that does what `instance.standalone` does, and its first arguments. `max_migrations`: at
-        once, out of and into each instance. `logs`: the folder of what they print, instead of our stderr.
+        `program`: a module that does what `instance.standalone` does, and its first arguments. `logs`: the folder
+        of what they print, instead of our stderr. `limits`: fields of `InstanceSpec`.
         """
         token = secrets.token_hex(16)
         specs = [
@@ -216,8 +216,7 @@ class Fleet:
                 epoch=1,
                 engine_argv=tuple(engine_argv),
                 token=token,
-                max_migrations_out=max_migrations,
-                max_migrations_in=max_migrations,
+                **limits,
             )
             for name in names
         ]

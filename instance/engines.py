@@ -43,6 +43,7 @@ def _make_vllm(spec: InstanceSpec) -> Engine:
     # Here and not above: seconds of imports, and only the process that hosts this engine may pay them.
     from instance.vllm.flags import FlagError, with_memory_share  # noqa: PLC0415
     from instance.vllm.host import VllmEngine  # noqa: PLC0415
+    from instance.vllm.rank import Carriage  # noqa: PLC0415
 
     # Known at once, and not after minutes of loading. vLLM is imported by now: it sets how torch looks for devices.
     if spec.carrier is Carrier.NCCL and (reason := why_unavailable()) is not None:
@@ -51,8 +52,10 @@ def _make_vllm(spec: InstanceSpec) -> Engine:
         argv = with_memory_share(spec.engine_argv, spec.num_sharing)
     except FlagError as error:
         raise StartError(str(error)) from error
-    token = carrier_token(spec.token)
-    engine: Engine = VllmEngine.from_argv(argv, spec.carrier, spec.host, token, spec.carrier_checksum)
+    carriage = Carriage(
+        spec.carrier, spec.host, carrier_token(spec.token), spec.carrier_checksum, spec.copy_bytes_per_s
+    )
+    engine: Engine = VllmEngine.from_argv(argv, carriage)
     return engine
 
 
@@ -90,7 +93,10 @@ def _choose_fake(spec: InstanceSpec) -> EngineChoice:
 def _socket_mover(store: KVStore, spec: InstanceSpec) -> RankMover:
     if spec.carrier is Carrier.NCCL:
         raise StartError(f"the carrier nccl needs KV memory on a GPU, and the fake engine has none: {_OTHERWISE}")
-    token, params = carrier_token(spec.token).encode(), CarrierParams(checksum=spec.carrier_checksum)
+    token, params = (
+        carrier_token(spec.token).encode(),
+        CarrierParams(checksum=spec.carrier_checksum, bytes_per_s=spec.copy_bytes_per_s or None),
+    )
     try:
         receiver = open_receiver(store, f"{spec.carrier.value}://{spec.host}", token, params)
     except (ValueError, OSError) as error:

@@ -36,6 +36,9 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     carrier_checksum: bool = False
     """Send a sum with every chunk of blocks; the receiver writes no chunk that does not match its own. Each sender says
     whether it sums, so members need not be alike."""
+    copy_bytes_per_s: float | None = None
+    """Budget for copies of requests that decode on: of all that leave, and again of all that arrive. 0: no limit; None:
+    what suits the machine (`instance.vllm.rank.CPU_BYTES_PER_S` without a GPU, no limit with one, nor for the fake)."""
     token: str = ""
     """Shared secret of the fleet, never empty: it authenticates inboxes and carriers. Never logged."""
     num_sharing: int = 1

@@ -45,6 +45,8 @@ def _option(text: str, variable: str, default: object, panel: str = _MINE, hidde
 
 
 _CARRIER = "What moves KV blocks: shm, tcp, or nccl (GPUs only; never run on one yet)."
+_COPIES = "Budget of copies from an instance while requests decode on, and again to it, in MB/s; 0: no limit."
+_COPIES_SUIT = "12.5 without a GPU, no limit with one"
 _CHECKSUM = "Sum every chunk of blocks, and refuse one that came otherwise. Not with nccl."
 
 
@@ -71,6 +73,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
             rich_help_panel=_CARRIAGE,
         ),
     ] = None,
+    copy_mb_per_s: Annotated[float | None, _option(_COPIES, "COPY_MB_PER_S", _COPIES_SUIT, _CARRIAGE)] = None,
     rebalance: Annotated[
         bool | None,
         typer.Option(
@@ -112,6 +115,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "ray_address": ray_address,
         "carrier": carrier,
         "carrier_checksum": carrier_checksum,
+        "copy_mb_per_s": copy_mb_per_s,
         "rebalance": rebalance,
         "tick_s": tick_s,
         "threshold_steps": threshold_steps,

@@ -30,6 +30,10 @@ class Engine(Enum):
     """The deterministic model of an engine; for tests of everything around it."""
 
 
+AS_SUITS = -1.0
+"""Of --copy-mb-per-s: not given."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
     """What `kvferry serve` needs; `admin_port` has the flag --admin-port and the variable KVFERRY_ADMIN_PORT."""
@@ -48,6 +52,7 @@ class ServeConfig:
     engine: Engine = Engine.VLLM
     carrier: Carrier = Carrier.SHM
     carrier_checksum: bool = False
+    copy_mb_per_s: float = AS_SUITS
     rebalance: bool = True
     tick_s: float = 0.5
     threshold_steps: float = 512.0
@@ -79,6 +84,10 @@ class ServeConfig:
         _require(
             not (self.carrier is Carrier.NCCL and self.carrier_checksum),
             "--carrier nccl knows no checksums: leave --carrier-checksum out, or use --carrier shm or --carrier tcp",
+        )
+        _require(
+            self.copy_mb_per_s >= 0 or self.copy_mb_per_s == AS_SUITS,
+            f"--copy-mb-per-s is {self.copy_mb_per_s:g}, it must be a rate, or 0 for no limit",
         )
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")

@@ -9,7 +9,6 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
-from instance.spec import Carrier
 from instance.types import (
     CommittedRequest,
     EngineFacts,
@@ -35,7 +34,7 @@ from instance.vllm.codec import (
 )
 from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
-from instance.vllm.rank import Rank, RemoteRank
+from instance.vllm.rank import Carriage, Rank, RemoteRank
 from instance.vllm.refusals import why_not_here, why_too_large, why_unmovable
 from instance.vllm.scheduler import Rest, is_seeded
 from instance.vllm.start import start_core
@@ -89,16 +88,13 @@ class VllmEngine:
         self._is_closed = False
 
     @classmethod
-    def from_argv(
-        cls, argv: tuple[str, ...], carrier: Carrier, host: str, token: str, checksum: bool = False
-    ) -> VllmEngine:
-        """Start an engine: `argv` as of `vllm serve`, `host` the address peers reach us at, `checksum` over every
-        chunk of blocks that leaves.
+    def from_argv(cls, argv: tuple[str, ...], carriage: Carriage) -> VllmEngine:
+        """Start an engine: `argv` as of `vllm serve`.
 
         Raises `StartError` (one line). Takes seconds; uses the calling thread, which should be the one that will
         step it.
         """
-        started = start_core(argv, carrier, host, token, checksum)
+        started = start_core(argv, carriage)
         return cls(started.core, started.facts, started.ranks)
 
     @property

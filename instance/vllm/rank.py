@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import threading
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -31,6 +32,26 @@ _POLL_MS = 200
 _ANSWER_GRACE_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Carriage:
+    """How blocks travel to and from an engine."""
+
+    carrier: Carrier
+    host: str
+    """The address peers reach us at."""
+    token: str = field(repr=False)
+    checksum: bool = False
+    """Over every chunk that leaves."""
+    bytes_per_s: float | None = None
+    """`InstanceSpec.copy_bytes_per_s`."""
+
+    def params(self, *, is_cpu: bool) -> CarrierParams:
+        budget = self.bytes_per_s
+        if budget is None and is_cpu:
+            budget = CPU_BYTES_PER_S
+        return CarrierParams(bytes_per_s=budget or None, checksum=self.checksum)
+
+
 class Rank(Protocol):
     """The data plane of one rank; every call may block, and is made from a thread of its own."""
 
@@ -51,12 +72,13 @@ class Rank(Protocol):
 class RankEndpoint:
     """Both ends of the carrier over this process's KV memory."""
 
-    def __init__(self, store: KVStore, carrier: str, host: str, token: str, params: CarrierParams) -> None:
-        """`carrier`: ``shm``, ``tcp`` or ``nccl``. Raises `ValueError` (for nccl with the reason why it cannot be had
-        here), `OSError` (the host cannot be bound)."""
-        maker = nccl_maker(store) if carrier == Carrier.NCCL.value else None
-        self._receiver = open_receiver(store, f"{carrier}://{host}", token.encode(), params, link_maker=maker)
-        self._sender = open_sender(store, token.encode(), params, link_maker=maker)
+    def __init__(self, store: KVStore, carriage: Carriage, params: CarrierParams) -> None:
+        """Raises `ValueError` (for nccl with the reason why it cannot be had here), `OSError` (the host cannot be
+        bound)."""
+        carrier, token = carriage.carrier, carriage.token.encode()
+        maker = nccl_maker(store) if carrier is Carrier.NCCL else None
+        self._receiver = open_receiver(store, f"{carrier.value}://{carriage.host}", token, params, link_maker=maker)
+        self._sender = open_sender(store, token, params, link_maker=maker)
 
     @property
     def url(self) -> str:

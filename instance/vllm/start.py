@@ -15,13 +15,12 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 
 from instance.errors import StartError
-from instance.spec import Carrier
 from instance.types import EngineFacts
 from instance.vllm import compat, speculation
 from instance.vllm.environment import prepare_environment
 from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv
 from instance.vllm.handshake import Adapter, Compatibility, encode
-from instance.vllm.rank import Rank, RemoteRank
+from instance.vllm.rank import Carriage, Rank, RemoteRank
 from instance.vllm.warmup import warm_up
 from instance.vllm.weights import combined, files_digest
 
@@ -39,7 +38,7 @@ class Started:
     """Empty when the engine can move nothing."""
 
 
-def start_core(argv: tuple[str, ...], carrier: Carrier, host: str, token: str, checksum: bool) -> Started:
+def start_core(argv: tuple[str, ...], carriage: Carriage) -> Started:
     """See `VllmEngine.from_argv`. Raises `StartError` (one line)."""
     prepare_environment()
     try:
@@ -54,7 +53,7 @@ def start_core(argv: tuple[str, ...], carrier: Carrier, host: str, token: str, c
     ranks: tuple[Rank, ...] = ()
     fingerprint = ""
     if refused is None:
-        ranks, layout = _open_ranks(core, carrier, host, token, checksum)
+        ranks, layout = _open_ranks(core, carriage)
         fingerprint = encode(_handshake(config, core, _adapters(namespace), layout))
     if config.model_config.runner_type == "generate":
         warm_up(core)
@@ -68,15 +67,15 @@ def _why_refused(config: Any, core: EngineCore) -> str | None:
     return refused or compat.why_engine_unmovable(config, core.scheduler) or speculation.why_engine_unmovable(config)
 
 
-def _open_ranks(
-    core: EngineCore, carrier: Carrier, host: str, token: str, checksum: bool
-) -> tuple[tuple[Rank, ...], str]:
+def _open_ranks(core: EngineCore, carriage: Carriage) -> tuple[tuple[Rank, ...], str]:
     """Start every rank's data endpoint, once; returns the ranks and the layout they all have. Raises `StartError` (one
     line)."""
     local = getattr(core.model_executor, "driver_worker", None)
     address = None if local is not None else f"ipc://@kvferry-{uuid.uuid4().hex}"
+    carrier, host, token = carriage.carrier, carriage.host, carriage.token
+    arguments = (carrier.value, host, token, (carriage.checksum, carriage.bytes_per_s), address)
     try:
-        answers = core.collective_rpc("ferry_open", args=(carrier.value, host, token, checksum, address))
+        answers = core.collective_rpc("ferry_open", args=arguments)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: from a rank in another process
         reason = " ".join(str(error).split())[:500]
         raise StartError(f"the carrier {carrier.value} cannot be opened on {host}: {reason}") from error

@@ -13,11 +13,11 @@ import torch
 from vllm.sampling_params import SamplingType
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from instance.spec import Carrier
 from instance.vllm.codec import decode_request, decode_state
 from instance.vllm.pages import PageStore
-from instance.vllm.rank import CPU_BYTES_PER_S, RankEndpoint, RankServer
+from instance.vllm.rank import Carriage, RankEndpoint, RankServer
 from instance.vllm.weights import parameters_digest
-from migration.transports import CarrierParams
 
 MAX_EXPECTED = 64
 """Submissions decoded ahead of their commit; more than an instance lets in at once."""
@@ -76,16 +76,17 @@ class FerryWorkerExtension:
     """Methods that collective_rpc can call on every rank. `self` is vLLM's worker."""
 
     def ferry_open(
-        self: Any, carrier: str, host: str, token: str, checksum: bool, control_address: str | None
+        self: Any, carrier: str, host: str, token: str, limits: tuple[bool, float | None], control_address: str | None
     ) -> tuple[str, str]:
         """Start this rank's data endpoint; returns (where peers push to, layout).
 
-        `control_address`: also serve the agent's orders there (it lives in another process); the rank's number is
+        `limits`: checksum and bytes_per_s of `Carriage`, in plain types. `control_address`: also serve the agent's
+        orders there (it lives in another process); the rank's number is
         appended.
         """
-        budget = CPU_BYTES_PER_S if self.model_runner.device.type == "cpu" else None
-        params = CarrierParams(bytes_per_s=budget, checksum=checksum)
-        endpoint = RankEndpoint(page_store(self.model_runner), carrier, host, token, params)
+        carriage = Carriage(Carrier(carrier), host, token, *limits)
+        params = carriage.params(is_cpu=self.model_runner.device.type == "cpu")
+        endpoint = RankEndpoint(page_store(self.model_runner), carriage, params)
         self.ferry_endpoint = endpoint
         self.ferry_expected: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self.ferry_server = None

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TypeVar
 
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
-from orchestrator.config import Engine, ServeConfig
+from orchestrator.config import AS_SUITS, Engine, ServeConfig
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.runtime import checks
@@ -74,6 +74,7 @@ def instance_specs(config: ServeConfig, token: str) -> list[InstanceSpec]:
             engine_argv=(config.model, *config.engine_argv),
             carrier=config.carrier,
             carrier_checksum=config.carrier_checksum,
+            copy_bytes_per_s=None if config.copy_mb_per_s == AS_SUITS else config.copy_mb_per_s * 1e6,
             token=token,
             num_sharing=config.instances,
             max_migrations_in=config.max_migrations,

@@ -70,11 +70,15 @@ async def test_with_sums_on_requests_move_as_ever() -> None:
 def test_serve_hands_its_switches_to_every_instance() -> None:
     from orchestrator.runtime.compose import instance_specs  # noqa: PLC0415 - it imports Ray
 
-    settings = serve_config({"model": "m", "carrier": "tcp", "carrier_checksum": True}, {}, None, ())
+    settings = serve_config(
+        {"model": "m", "carrier": "tcp", "carrier_checksum": True, "copy_mb_per_s": 40.0}, {}, None, ()
+    )
     specs = instance_specs(settings, "token")
-    assert [(spec.carrier, spec.carrier_checksum) for spec in specs] == [(Carrier.TCP, True)] * 2
+    switches = [(spec.carrier, spec.carrier_checksum, spec.copy_bytes_per_s) for spec in specs]
+    assert switches == [(Carrier.TCP, True, 40e6)] * 2
     plain = instance_specs(serve_config({"model": "m"}, {}, None, ()), "token")
-    assert [(spec.carrier, spec.carrier_checksum) for spec in plain] == [(Carrier.SHM, False)] * 2
+    switches = [(spec.carrier, spec.carrier_checksum, spec.copy_bytes_per_s) for spec in plain]
+    assert switches == [(Carrier.SHM, False, None)] * 2
 
 
 @pytest.mark.parametrize(

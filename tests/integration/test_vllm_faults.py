@@ -22,6 +22,7 @@ from instance.vllm import compat
 from instance.vllm.codec import CodecError, decode_output, decode_request, encode_output, encode_request
 from instance.vllm.flags import FlagError, engine_config, has_our_hooks, parse_serve_argv, with_memory_share
 from instance.vllm.host import VllmEngine
+from instance.vllm.rank import Carriage
 from instance.vllm.refusals import why_unmovable
 from instance.vllm.scheduler import FerryMixin
 from migration.types import RequestId
@@ -253,7 +254,7 @@ def test_a_value_vllm_refuses_is_one_line_and_a_start_error() -> None:
         engine_config(parse_serve_argv(argv))
     assert "\n" not in str(error.value)
     with pytest.raises(StartError):
-        VllmEngine.from_argv(argv, Carrier.TCP, "127.0.0.1", "token")
+        VllmEngine.from_argv(argv, Carriage(Carrier.TCP, "127.0.0.1", "token"))
 
 
 def test_our_defaults_give_way_to_the_users_flags() -> None:

@@ -249,11 +249,12 @@ def _answer(value: object) -> Answer:
 
 def main(argv: tuple[str, ...]) -> None:
     from instance.vllm.host import VllmEngine  # noqa: PLC0415 - the other side need not load vLLM
+    from instance.vllm.rank import Carriage  # noqa: PLC0415
 
     # vLLM prints to stdout: it becomes stderr for it, and the frames get the pipe for themselves.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    engine = VllmEngine.from_argv(argv, Carrier.TCP, "127.0.0.1", "a-token")
+    engine = VllmEngine.from_argv(argv, Carriage(Carrier.TCP, "127.0.0.1", "a-token"))
     write_frame(out, _answer(engine.facts))
     with asyncio.Runner() as runner:
         while (frame := read_frame(sys.stdin.buffer)) is not None:

@@ -16,6 +16,7 @@ from instance.spec import Carrier
 from instance.types import Submission
 from instance.vllm.codec import encode_request
 from instance.vllm.host import VllmEngine
+from instance.vllm.rank import Carriage
 from migration.types import RequestId
 from tests.support.model import tiny_model_path
 from tests.support.pair import Shape
@@ -48,7 +49,7 @@ def engine_argv(model: Path | None = None, **changes: object) -> tuple[str, ...]
 
 
 def start_engine(carrier: Carrier = Carrier.TCP, model: Path | None = None, **changes: object) -> VllmEngine:
-    return VllmEngine.from_argv(engine_argv(model, **changes), carrier, "127.0.0.1", "a-token")
+    return VllmEngine.from_argv(engine_argv(model, **changes), Carriage(carrier, "127.0.0.1", "a-token"))
 
 
 def prompt_of(key: int, num_tokens: int, vocabulary: int = 500) -> list[int]:

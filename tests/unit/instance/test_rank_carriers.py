@@ -14,8 +14,9 @@ from tests.support.fake_link import FakeGpus, FakeLinkMaker
 
 pytest.importorskip("vllm", reason="instance.vllm needs vLLM")
 
+from instance.spec import Carrier
 from instance.vllm import rank as module
-from instance.vllm.rank import RankEndpoint
+from instance.vllm.rank import CPU_BYTES_PER_S, Carriage, RankEndpoint
 
 TABLE = ((3, 1, 2), (7, 9, 8))
 BLOCKS = BlockRange(0, 3)
@@ -24,8 +25,9 @@ M = MigrationId("m")
 
 def push(here: ByteStore, there: ByteStore, carrier: str, params: CarrierParams) -> int:
     """Bytes that landed."""
-    source = RankEndpoint(here, carrier, "127.0.0.1", "token", params)
-    destination = RankEndpoint(there, carrier, "127.0.0.1", "token", params)
+    carriage = Carriage(Carrier(carrier), "127.0.0.1", "token")
+    source = RankEndpoint(here, carriage, params)
+    destination = RankEndpoint(there, carriage, params)
     try:
         assert destination.url.startswith(f"{carrier}://")
         destination.open(M, TABLE)
@@ -61,4 +63,16 @@ def test_a_rank_opens_both_ends_of_nccl_over_its_own_gpu(monkeypatch: pytest.Mon
 
 def test_nccl_over_memory_that_is_no_gpus_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="not a GPU's"):
-        RankEndpoint(ByteStore(1), "nccl", "127.0.0.1", "token", CarrierParams())
+        RankEndpoint(ByteStore(1), Carriage(Carrier.NCCL, "127.0.0.1", "token"), CarrierParams())
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "is_cpu", "expected"),
+    [(None, True, CPU_BYTES_PER_S), (None, False, None), (0.0, True, None), (5e6, True, 5e6), (5e6, False, 5e6)],
+)
+def test_copies_are_paced_as_told_else_as_suits_the_machine(
+    bytes_per_s: float | None, is_cpu: bool, expected: float | None
+) -> None:
+    carriage = Carriage(Carrier.TCP, "127.0.0.1", "token", bytes_per_s=bytes_per_s)
+    assert carriage.params(is_cpu=is_cpu).bytes_per_s == expected
+    assert "token" not in repr(carriage).replace("token=", "")

@@ -47,6 +47,7 @@ def test_values_are_read_as_the_fields_type() -> None:
         ({"model": ""}, "name a model"),
         ({"carrier": "pigeon"}, "--carrier is 'pigeon', it must be one of shm, tcp, nccl"),
         ({"carrier": "nccl", "carrier_checksum": True}, "knows no checksums"),
+        ({"copy_mb_per_s": -2.0}, "--copy-mb-per-s"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(settings: dict[str, object], words: str) -> None:
