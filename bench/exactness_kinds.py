@@ -293,6 +293,7 @@ def _new_regex(rng: Random) -> dict[str, Any]:
 GREEDY = fixed(logprobs=2)
 SEEDED = fixed(temperature=1.0, seed=0, logprobs=2)
 CHUNKED, TIGHT, ADAPTED, WINDOWED = Scene.CHUNKED, Scene.TIGHT, Scene.ADAPTED, Scene.WINDOWED
+GUESSED = Scene.GUESSED
 LONG = (200, MAX_PROMPT_TOKENS)
 LONGEST = (400, 800)
 CROWD = (240, 300)
@@ -358,6 +359,9 @@ KINDS: tuple[Kind, ...] = (
     Kind("windows, regex", SEEDED, WINDOWED, grammar=_regex),
     Kind("windows, cached at the source", SEEDED, WINDOWED, Found.CACHED_HERE, prompt_tokens=LONG),
     Kind("windows, cached at the destination", GREEDY, WINDOWED, Found.CACHED_THERE, prompt_tokens=LONG),
+    Kind("guessed", GREEDY, GUESSED),
+    Kind("guessed, penalties", _penalties, GUESSED),
+    Kind("guessed, json schema", GREEDY, GUESSED, grammar=_schema),
 )
 BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 
@@ -373,5 +377,5 @@ NOT_MOVED: tuple[str, ...] = (
 )
 """Kinds that `describe` refuses with a reason (instance/vllm/refusals.py); no request of them is in the run."""
 
-ELSEWHERE: tuple[str, ...] = ("images", "greedy ngram speculation", "sliding windows alone", "tensor parallelism")
+ELSEWHERE: tuple[str, ...] = ("images", "sliding windows alone", "tensor parallelism")
 """Kinds that need another model or other engines: tests/integration moves them, this run does not."""

@@ -249,7 +249,8 @@ class _Run:
         return stream.request_id in done.reqs_to_abort
 
     async def _travel(self, number: int, stream: Stream, here: int) -> None:
-        await stream.wait(lambda: stream.accepted)
+        # Its tokens may overtake the answer, and end it (a stop string) before the answer is here.
+        await stream.wait(lambda: stream.accepted or stream.finished)
         status = ""
         for position, hop in enumerate(self._plan.hops[number]):
             await stream.wait(lambda: len(stream.tokens) >= hop.at or stream.finished)  # noqa: B023

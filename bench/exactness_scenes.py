@@ -6,6 +6,7 @@ What is random is made on first use, with a fixed seed, in bench-out/made.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -35,6 +36,8 @@ class Scene(Enum):
     adapter for a request that has none, while others in its batch have one, moved or not."""
     WINDOWED = "windowed"
     """The model has layers with sliding windows and layers of full attention: three KV-cache groups."""
+    GUESSED = "guessed"
+    """Tokens are guessed ahead by ngrams."""
 
     @property
     def needs_crowd(self) -> bool:
@@ -42,6 +45,7 @@ class Scene(Enum):
         return self in (Scene.CHUNKED, Scene.TIGHT)
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 _ROOM = ("--max-num-seqs", "32", "--num-gpu-blocks-override", "513")
 ENGINE_FLAGS: Mapping[Scene, tuple[str, ...]] = {
     Scene.ROOMY: _ROOM,
@@ -49,6 +53,7 @@ ENGINE_FLAGS: Mapping[Scene, tuple[str, ...]] = {
     Scene.TIGHT: ("--max-num-seqs", "6", "--num-gpu-blocks-override", "46", "--scheduling-policy", "priority"),
     Scene.ADAPTED: (*_ROOM, "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(len(ADAPTERS))),
     Scene.WINDOWED: _ROOM,
+    Scene.GUESSED: (*_ROOM, "--speculative-config", json.dumps(NGRAM)),
 }
 SHARES: Mapping[Scene, int] = {
     Scene.ROOMY: 2,
@@ -56,6 +61,7 @@ SHARES: Mapping[Scene, int] = {
     Scene.TIGHT: 1,
     Scene.ADAPTED: 2,
     Scene.WINDOWED: 2,
+    Scene.GUESSED: 2,
 }
 """Of the requests, for each kind of the scene: in the tight one most tries find the request in another state."""
 AT_ONCE: Mapping[Scene, int] = {
@@ -64,6 +70,7 @@ AT_ONCE: Mapping[Scene, int] = {
     Scene.TIGHT: 24,
     Scene.ADAPTED: 12,
     Scene.WINDOWED: 16,
+    Scene.GUESSED: 16,
 }
 """Requests in both instances together, moved and unmoved."""
 

@@ -81,8 +81,7 @@ class FerryWorkerExtension:
         """Start this rank's data endpoint; returns (where peers push to, layout).
 
         `limits`: checksum and bytes_per_s of `Carriage`, in plain types. `control_address`: also serve the agent's
-        orders there (it lives in another process); the rank's number is
-        appended.
+        orders there (it lives in another process); the rank's number is appended.
         """
         carriage = Carriage(Carrier(carrier), host, token, *limits)
         params = carriage.params(is_cpu=self.model_runner.device.type == "cpu")
