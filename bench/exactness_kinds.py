@@ -359,9 +359,9 @@ KINDS: tuple[Kind, ...] = (
     Kind("windows, regex", SEEDED, WINDOWED, grammar=_regex),
     Kind("windows, cached at the source", SEEDED, WINDOWED, Found.CACHED_HERE, prompt_tokens=LONG),
     Kind("windows, cached at the destination", GREEDY, WINDOWED, Found.CACHED_THERE, prompt_tokens=LONG),
-    Kind("guessed", GREEDY, GUESSED),
-    Kind("guessed, penalties", _penalties, GUESSED),
-    Kind("guessed, json schema", GREEDY, GUESSED, grammar=_schema),
+    Kind("guessed", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS),
+    Kind("guessed, penalties", _penalties, GUESSED, compared=Compared.BUT_LOGPROBS),
+    Kind("guessed, json schema", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS, grammar=_schema),
 )
 BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 

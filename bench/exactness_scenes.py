@@ -37,7 +37,8 @@ class Scene(Enum):
     WINDOWED = "windowed"
     """The model has layers with sliding windows and layers of full attention: three KV-cache groups."""
     GUESSED = "guessed"
-    """Tokens are guessed ahead by ngrams."""
+    """Tokens are guessed ahead by ngrams. Compared without logprobs: unmoved, too, their last bits depend on what else
+    is in the batch (7 of 8 requests), since that decides how many guesses share a step."""
 
     @property
     def needs_crowd(self) -> bool:
