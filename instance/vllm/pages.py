@@ -125,17 +125,27 @@ class _HostPages:
         """Between these blocks and `packed[offset:]`; returns where the next tensor's bytes begin. One call a block, of
         which none holds the interpreter's lock."""
         num_layers, _, page_bytes = self.pages.shape
-        shape = (num_layers, len(ids), page_bytes) if self.block_axis else (len(ids), num_layers, page_bytes)
-        end = offset + len(ids) * num_layers * page_bytes
-        part = np.frombuffer(packed[offset:end], np.uint8).reshape(shape)
-        if not self.block_axis:
-            part = part.transpose(1, 0, 2)
+        num_bytes = len(ids) * int(num_layers * page_bytes)
+        if not num_bytes:
+            return offset
+        part = np.frombuffer(packed, np.uint8, num_bytes, offset)
+        if len(ids) == 1:  # no axis to put first: spares a fifth of what the interpreter costs
+            page, part = self.pages[:, ids[0]], part.reshape(num_layers, page_bytes)
+            if is_gather:
+                part[:] = page
+            else:
+                page[:] = part
+            return offset + num_bytes
+        if self.block_axis:
+            part = part.reshape(num_layers, len(ids), page_bytes)
+        else:
+            part = part.reshape(len(ids), num_layers, page_bytes).transpose(1, 0, 2)
         for number, block in enumerate(ids):
             if is_gather:
                 part[:, number] = self.pages[:, block]
             else:
                 self.pages[:, block] = part[:, number]
-        return int(end)
+        return offset + num_bytes
 
     def views(self, ids: tuple[int, ...]) -> list[memoryview]:
         """The pages of these blocks in the order of a gather, those that are adjacent in memory in one view."""

@@ -154,14 +154,24 @@ class FrameSocket:
         self._send_all([_HEADER.pack(MAGIC, VERSION, kind, len(payload), 0, 0, 0) + payload])
 
     def send_chunk(self, kind: FrameKind, first: int, count: int, crc32: int, payload: Sequence[memoryview]) -> None:
-        """`payload`: pieces that follow each other (none: it lies in the shared segment), sent where they lie."""
+        """`payload`: pieces that follow each other, sent where they lie."""
         num_bytes = sum(map(len, payload))
         self._send_all([_HEADER.pack(MAGIC, VERSION, kind, num_bytes, first, count, crc32), *payload])
 
+    def announce(self, kind: FrameKind, first: int, count: int, crc32: int = 0) -> None:
+        """A header alone: what it is about lies elsewhere, or is only a count."""
+        header = _HEADER.pack(MAGIC, VERSION, kind, 0, first, count, crc32)
+        if (num_sent := self._bounded(self._sock.send, header)) < HEADER_BYTES:
+            self._send_all([header[num_sent:]])
+
     def receive(self) -> Frame | None:
         """The next header; None when the peer has closed in good order. Raises `MalformedMessage`, `OSError`."""
-        if not self.receive_into(self._header, may_end=True):
+        num_read = self._bounded(self._sock.recv_into, self._header, HEADER_BYTES, socket.MSG_WAITALL)
+        if not num_read:
             return None
+        if num_read < HEADER_BYTES:
+            self._arm()
+            self.receive_into(self._header[num_read:])
         magic, version, number, num_bytes, first, count, crc32 = _HEADER.unpack(self._header)
         if magic != MAGIC or version != VERSION:
             raise MalformedMessage("not a frame of this version")
@@ -181,23 +191,18 @@ class FrameSocket:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise MalformedMessage(f"no {expected.__name__}: {error}") from error
 
-    def receive_into(self, out: memoryview, *, may_end: bool = False) -> bool:
-        """Fill `out`. False when the peer closed before its first byte and `may_end`; `ConnectionError` when cut
-        short, `TimeoutError` at the deadline.
-        """
+    def receive_into(self, out: memoryview) -> None:
+        """Fill `out`. `ConnectionError` when cut short, `TimeoutError` at the deadline."""
         num_bytes = len(out)
         num_read = 0
         while num_read < num_bytes:
             rest = out[num_read:] if num_read else out
             num_new = self._bounded(self._sock.recv_into, rest, num_bytes - num_read, socket.MSG_WAITALL)
             if not num_new:
-                if may_end and not num_read:
-                    return False
                 raise ConnectionResetError(_CUT_SHORT)
             num_read += num_new
             if num_read < num_bytes:
                 self._arm()
-        return True
 
     def receive_pieces(self, pieces: Sequence[memoryview]) -> None:
         """Fill the pieces one after the other, where they lie. Raises as `receive_into` does."""

@@ -213,6 +213,14 @@ class _Connection:
             raise MalformedMessage("a push of no blocks")
         if begin.chunk_blocks * self._index_bytes > self._params.max_chunk_bytes:
             raise CopyFailed(f"chunks of {begin.chunk_blocks * self._index_bytes} bytes are too large")
+        if self._segment is None:
+            self._take_chunks(begin)
+        else:
+            self._take_slots(begin, self._segment)
+        num_blocks = begin.end - begin.first
+        self._frames.send(FrameKind.LANDED, Landed(num_blocks, num_blocks * self._index_bytes))
+
+    def _take_chunks(self, begin: Begin) -> None:
         done, chunk_index = begin.first, 0
         while done < begin.end:
             self._frames.set_deadline(time.monotonic() + self._params.stall_s)
@@ -226,8 +234,41 @@ class _Connection:
                 self._wait_turn(count)
             self._take_chunk(begin, frame, chunk_index)
             done, chunk_index = done + count, chunk_index + 1
-        num_blocks = begin.end - begin.first
-        self._frames.send(FrameKind.LANDED, Landed(num_blocks, num_blocks * self._index_bytes))
+
+    def _take_slots(self, begin: Begin, segment: Segment) -> None:
+        """Written out, with little in its way: a copy drives the interpreter out of the processor's cache, and what is
+        called for each chunk then costs several times what it costs elsewhere."""
+        frames, tickets, scatter = self._frames, self._receiver.tickets, self._receiver.store.scatter
+        num_slots, slot_bytes = segment.num_slots, begin.chunk_blocks * self._index_bytes
+        if slot_bytes > segment.slot_bytes:
+            raise MalformedMessage(f"chunks of {slot_bytes} bytes in slots of {segment.slot_bytes}")
+        slots = [segment.slot(i, slot_bytes) for i in range(num_slots)]
+        migration_id, num_chunks = MigrationId(begin.migration_id), _num_chunks(begin)
+        first, chunk_index = begin.first, 0
+        while first < begin.end:
+            end = min(first + begin.chunk_blocks, begin.end)
+            frames.set_deadline(time.monotonic() + self._params.stall_s)
+            frame = frames.receive()
+            if frame is None:
+                raise ConnectionResetError("the sender closed the connection in the middle of a push")
+            kind, num_bytes = frame.kind, frame.num_bytes
+            if kind is not FrameKind.SLOT_CHUNK or num_bytes or frame.first != first or frame.count != end - first:
+                raise MalformedMessage(f"{kind.name} with {num_bytes} bytes, or out of order, in a push through slots")
+            if not begin.is_urgent:
+                self._wait_turn(end - first)
+            data = slots[chunk_index % num_slots]
+            if end - first < begin.chunk_blocks:
+                data = data[: (end - first) * self._index_bytes]
+            if begin.has_checksum:
+                _check_sum(frame, data)
+            ticket, block_ids = tickets.begin_write(migration_id, first, end)
+            try:
+                scatter(block_ids, data)
+            finally:
+                tickets.end_write(ticket)
+            if count := num_freed(num_slots, chunk_index, num_chunks):
+                frames.announce(FrameKind.SLOT_FREE, 0, count)
+            first, chunk_index = end, chunk_index + 1
 
     def _wait_turn(self, num_blocks: int) -> None:
         """Until the budget allows the chunk that is announced; meanwhile it waits in the kernel or in its slot, and so
@@ -239,7 +280,6 @@ class _Connection:
 
     def _take_chunk(self, begin: Begin, frame: Frame, chunk_index: int) -> None:
         num_bytes = frame.count * self._index_bytes
-        segment = self._segment
         if frame.kind is FrameKind.CHUNK and frame.num_bytes == num_bytes:
             if begin.has_checksum or not self._receive_in_place(begin, frame):
                 if len(self._buffer) < num_bytes:
@@ -247,9 +287,6 @@ class _Connection:
                 data = memoryview(self._buffer)[:num_bytes]
                 self._frames.receive_into(data)
                 self._write(begin, frame, data)
-        elif frame.kind is FrameKind.SLOT_CHUNK and not frame.num_bytes and segment and num_bytes <= segment.slot_bytes:
-            self._write(begin, frame, segment.slot(chunk_index, num_bytes))
-            self._free(begin, segment.num_slots, chunk_index)
         elif frame.kind is FrameKind.LINK_CHUNK and self._link is not None and num_bytes <= self._link_slot_bytes:
             self._take_from_link(begin, frame, self._link, chunk_index)
         else:
@@ -266,12 +303,8 @@ class _Connection:
         links.wait_done(link, slot, time.monotonic() + self._params.stall_s)
         with self._writing(begin, frame) as block_ids:
             link.unpack(slot, block_ids)
-        self._free(begin, links.NUM_SLOTS, chunk_index)
-
-    def _free(self, begin: Begin, num_slots: int, chunk_index: int) -> None:
-        num_chunks = -(-(begin.end - begin.first) // begin.chunk_blocks)
-        if count := num_freed(num_slots, chunk_index, num_chunks):
-            self._frames.send_chunk(FrameKind.SLOT_FREE, 0, count, 0, ())
+        if count := num_freed(links.NUM_SLOTS, chunk_index, _num_chunks(begin)):
+            self._frames.announce(FrameKind.SLOT_FREE, 0, count)
 
     def _receive_in_place(self, begin: Begin, frame: Frame) -> bool:
         """From the socket straight into the blocks, if the processor can address them. A close of the ticket ends the
@@ -287,8 +320,8 @@ class _Connection:
 
     def _write(self, begin: Begin, frame: Frame, data: memoryview) -> None:
         """A chunk that is wholly here. With a checksum nothing is written that does not match it."""
-        if begin.has_checksum and zlib.crc32(data) != frame.crc32:
-            raise CopyFailed("checksum of a chunk does not match")
+        if begin.has_checksum:
+            _check_sum(frame, data)
         with self._writing(begin, frame) as block_ids:
             self._receiver.store.scatter(block_ids, data)
 
@@ -297,3 +330,12 @@ class _Connection:
     ) -> AbstractContextManager[BlockTable]:
         blocks = BlockRange(frame.first, frame.first + frame.count)
         return self._receiver.tickets.writing(MigrationId(begin.migration_id), blocks, interrupt)
+
+
+def _num_chunks(begin: Begin) -> int:
+    return -(-(begin.end - begin.first) // begin.chunk_blocks)
+
+
+def _check_sum(frame: Frame, data: memoryview) -> None:
+    if zlib.crc32(data) != frame.crc32:
+        raise CopyFailed("checksum of a chunk does not match")

@@ -49,11 +49,12 @@ class _Push:
     def wait_turn(self, blocks: BlockRange) -> None:
         """Wait until the budget allows this chunk. Raises `CopyFailed` when broken off or out of time."""
         now_s = time.monotonic()
-        turn_s = self.budget.take(len(blocks) * self.index_bytes, now_s)
-        wait_s = min(turn_s, self.deadline_s) - now_s
-        if wait_s > 0:
-            self.is_broken_off.wait(wait_s)
-            now_s = time.monotonic()
+        if self.budget.is_bounded:
+            turn_s = self.budget.take(len(blocks) * self.index_bytes, now_s)
+            wait_s = min(turn_s, self.deadline_s) - now_s
+            if wait_s > 0:
+                self.is_broken_off.wait(wait_s)
+                now_s = time.monotonic()
         if self.is_broken_off.is_set():
             raise CopyFailed("broken off")
         if now_s >= self.deadline_s:
@@ -269,16 +270,22 @@ class BlockSender:
         return data, zlib.crc32(data) if self._params.checksum else 0
 
     def _fill_slots(self, push: _Push, chunks: Sequence[BlockRange], connection: Connection, segment: Segment) -> None:
-        """Through shared memory: gathered straight into a slot, which the receiver frees when it has scattered it."""
-        freed = slots_freed(connection.frames, segment.num_slots)
+        """Through shared memory: gathered straight into a slot, which the receiver frees when it has scattered it. With
+        little in its way, as at the other end."""
+        frames, gather, num_slots = connection.frames, self._store.gather, segment.num_slots
+        freed = slots_freed(frames, num_slots)
+        slots = [segment.slot(i, len(chunks[0]) * push.index_bytes) for i in range(num_slots)]
+        ids = [push.ids(blocks) for blocks in chunks]
         for chunk_index, blocks in enumerate(chunks):
             push.wait_turn(blocks)
-            connection.frames.set_deadline(push.deadline_s)
+            frames.set_deadline(push.deadline_s)
             next(freed)
-            data = segment.slot(chunk_index, len(blocks) * push.index_bytes)
-            self._store.gather(push.ids(blocks), data)
+            data = slots[chunk_index % num_slots]
+            if len(blocks) < len(chunks[0]):
+                data = data[: len(blocks) * push.index_bytes]
+            gather(ids[chunk_index], data)
             crc32 = zlib.crc32(data) if self._params.checksum else 0
-            connection.frames.send_chunk(FrameKind.SLOT_CHUNK, blocks.first, len(blocks), crc32, ())
+            frames.announce(FrameKind.SLOT_CHUNK, blocks.first, len(blocks), crc32)
 
     def _fill_link(self, push: _Push, chunks: Sequence[BlockRange], connection: Connection, link: Link) -> None:
         """From GPU to GPU: chunk k + 1 is packed while chunk k is on the wire. A receiver that refuses one never takes
@@ -295,5 +302,5 @@ class BlockSender:
             link.pack(slot, push.ids(blocks))
             if link.is_direct:
                 links.wait_done(link, slot, push.deadline_s)
-            frames.send_chunk(FrameKind.LINK_CHUNK, blocks.first, len(blocks), 0, ())
+            frames.announce(FrameKind.LINK_CHUNK, blocks.first, len(blocks))
             link.ship(slot, len(blocks) * push.index_bytes)

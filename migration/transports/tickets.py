@@ -90,10 +90,9 @@ class TicketTable:
         return Writing(self, migration_id, blocks, interrupt)
 
     def begin_write(
-        self, migration_id: MigrationId, blocks: BlockRange, interrupt: Callable[[], None] | None
+        self, migration_id: MigrationId, first: int, end: int, interrupt: Callable[[], None] | None = None
     ) -> tuple[_Ticket, BlockTable]:
-        """For `Writing`. Raises `CopyFailed`."""
-        first, end = blocks.first, blocks.end
+        """`writing` in two halves: the other is `end_write`, in any case. Raises `CopyFailed`."""
         if not 0 <= first < end:
             raise CopyFailed("empty or negative range of blocks")
         with self._lock:
@@ -109,8 +108,7 @@ class TicketTable:
                 ticket.interrupts.append(interrupt)
         return ticket, tuple(block_ids)
 
-    def end_write(self, ticket: _Ticket, interrupt: Callable[[], None] | None) -> None:
-        """For `Writing`."""
+    def end_write(self, ticket: _Ticket, interrupt: Callable[[], None] | None = None) -> None:
         with self._lock:
             ticket.num_writing -= 1
             if interrupt is not None:
@@ -143,7 +141,9 @@ class Writing:
         self._interrupt = interrupt
 
     def __enter__(self) -> BlockTable:
-        self._ticket, block_ids = self._tickets.begin_write(self._migration_id, self._blocks, self._interrupt)
+        self._ticket, block_ids = self._tickets.begin_write(
+            self._migration_id, self._blocks.first, self._blocks.end, self._interrupt
+        )
         return block_ids
 
     def __exit__(self, *_: object) -> None:
