@@ -125,6 +125,9 @@ class FerryMixin:
             return None
         if (reason := images.why_unservable(self, request.mm_features)) is not None:
             return reason
+        guessing = speculation.why_unservable(params, self.num_spec_tokens, is_cpu=current_platform.is_cpu())
+        if guessing is not None:
+            return guessing
         if self.use_v2_model_runner and params.min_tokens and len(params.all_stop_token_ids) > V2_MAX_STOP_TOKEN_IDS:
             return f"min_tokens with more than {V2_MAX_STOP_TOKEN_IDS} stop token ids"
         if self._ferry_whole_seeded_prefills and is_seeded(request):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm.sampling_params import SamplingType
+from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.request import Request, RequestStatus
 
 from instance.vllm.codec import RequestState
@@ -47,6 +47,18 @@ def why_engine_unmovable(config: Any) -> str | None:
     return next((reason for is_so, reason in facts if is_so), None)
 
 
+def why_unservable(params: SamplingParams, num_guesses: int, *, is_cpu: bool) -> str | None:
+    """One line that says why an engine that guesses at most `num_guesses` tokens ahead must not run such a request, or
+    None.
+
+    Where a CPU verifies guesses, vLLM 0.32 spreads temperature, top_k and top_p over them into a copy that it then
+    drops, and reads memory that nothing has written: one sampled request spoils the whole batch, or ends the engine.
+    """
+    if num_guesses and is_cpu and params.sampling_type != SamplingType.GREEDY:
+        return "sampled requests cannot run on a CPU with speculative decoding (a fault of vLLM): set temperature to 0"
+    return None
+
+
 def why_unmovable(request: Request, num_guesses: int) -> str | None:
     """The same for one request of an engine that guesses at most `num_guesses` tokens ahead."""
     if not num_guesses:
@@ -54,7 +66,7 @@ def why_unmovable(request: Request, num_guesses: int) -> str | None:
     params = request.sampling_params
     if params is not None and params.sampling_type != SamplingType.GREEDY:
         return "it is sampled, and what speculative decoding draws cannot be repeated"
-    return "it has multimodal inputs, and is decoded speculatively" if request.mm_features else None
+    return None
 
 
 def why_uncommittable(scheduler: Any, request: Request, state: RequestState) -> str | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
+
+from instance.vllm import speculation
 
 NUM_TOKENS = 4
 PROMPT_TOKENS = 8
@@ -59,4 +62,9 @@ def _features(core: Any) -> dict[str, SamplingParams]:
         backend = config.structured_outputs_config.backend
         grammar._backend = "xgrammar" if backend == "auto" else backend
         features["grammar"] = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, structured_outputs=grammar)
-    return features
+    num_guesses = config.num_speculative_tokens
+    return {
+        name: params
+        for name, params in features.items()
+        if speculation.why_unservable(params, num_guesses, is_cpu=current_platform.is_cpu()) is None
+    }

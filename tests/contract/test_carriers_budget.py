@@ -74,8 +74,7 @@ def test_a_receiver_closes_at_once_though_a_push_waits_for_its_turn(kind: Kind) 
 
     pushing = threading.Thread(target=push)
     pushing.start()
-    while not link.num_equal(0, 4):  # the first chunk has its turn at once, the second in an hour
-        time.sleep(0.001)
+    link.wait_for_blocks(0, 4)  # the first chunk has its turn at once, the second in an hour
     link.receiver.close_ticket(M)
     link.receiver.close()
     pushing.join(20)

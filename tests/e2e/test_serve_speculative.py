@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from tests.support.model import tiny_model_path
-from tests.support.moved_streams import GREEDY, MODEL, OTHER, Sampling, moved_texts, owners_of, texts_of
+from tests.support.moved_streams import GREEDY, MODEL, Sampling, moved_texts, texts_of
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.timeout(300)
@@ -43,11 +43,6 @@ async def test_a_greedy_stream_moved_there_and_back_says_what_one_left_alone_say
     assert moved == alone
 
 
-async def test_a_sampled_stream_stays_where_it_is_and_says_why(serving: Serving) -> None:
-    reading = asyncio.create_task(texts_of(serving, "sampled", NUM_TOKENS, {"temperature": 0.8, "seed": 17}))
-    ((name, owner),) = (await owners_of(serving, "sampled")).items()
-    done = await asyncio.to_thread(serving.command, "migrate", name, "--to", OTHER[owner])
-    assert not reading.done()
-    assert done.status != 0 and "sampled" in done.out + done.err, done
-    (text,) = await reading
-    assert text.endswith("<length>")
+async def test_a_sampled_stream_is_refused_with_its_reason(serving: Serving) -> None:
+    with pytest.raises(openai.BadRequestError, match="sampled requests cannot run on a CPU"):
+        await texts_of(serving, "sampled", NUM_TOKENS, {"temperature": 0.8, "seed": 17})

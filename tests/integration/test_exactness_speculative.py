@@ -16,10 +16,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils import cpu_triton_utils
+from vllm.v1.request import Request
 
 from instance.engine import Engine
 from instance.types import RequestStatus
@@ -270,17 +274,39 @@ def status(engine: Engine, request_id: RequestId) -> RequestStatus:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 0.7, "seed": 3}])
-def test_a_sampled_request_is_served_and_not_moved(sampling: dict[str, Any], compare: Compare) -> None:
-    """What it draws depends on the guesses: vLLM does not repeat itself there even without a migration."""
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "seed": 3},
+    {"temperature": 1.0, "top_k": 8},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+def test_a_sampled_request_is_refused_on_a_cpu(sampling: dict[str, Any], compare: Compare) -> None:
+    """vLLM would draw from memory that nothing has written, and may end with it."""
     pair = compare("greedy").pair
-    request_id = pair.new_id()
-    assert pair.first.add(submission_of(request_id, prompt_of(1, 100), params(**sampling)())) is None
-    pair.decode_until(pair.first, request_id, 5)
-    assert "sampled" in str(pair.first.describe(request_id))
-    assert pair.first.requests()[0].movable is False
-    pair.finish(pair.first, request_id)
-    assert len(pair.tokens(request_id)) == 70
+    refusal = pair.first.add(submission_of(pair.new_id(), prompt_of(1, 100), params(**sampling)()))
+    assert refusal is not None and "sampled requests cannot run on a CPU" in refusal.reason
+    assert not pair.first.has_work()
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+def test_a_sampled_request_that_does_run_is_not_moved(sampling: dict[str, Any]) -> None:
+    """As on a GPU: what it draws depends on the guesses."""
+    made = params(**sampling)()
+    assert speculation.why_unservable(made, NUM_GUESSES, is_cpu=False) is None
+    told = speculation.why_unmovable(Request("a", prompt_of(1, 100), made, None), NUM_GUESSES)
+    assert "sampled" in str(told)
+
+
+def test_vllm_s_cpu_kernel_still_spreads_sampling_parameters_into_a_copy_that_is_dropped() -> None:
+    """When this fails, vLLM has mended it: `speculation.why_unservable` and what refers to it can go."""
+    current_platform.import_kernels()
+    spread = torch.full((3,), -1, dtype=torch.int32)
+    cpu_triton_utils._expand_kernel_impl(
+        spread, torch.tensor([5, 7], dtype=torch.int32), torch.tensor([2, 3], dtype=torch.int32), 0, 0
+    )
+    assert spread.tolist() == [-1, -1, -1]
 
 
 def with_guesses(state: bytes, guesses: list[int]) -> bytes:

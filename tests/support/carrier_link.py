@@ -69,6 +69,14 @@ class Link:
             migration_id, self.receiver.url, SOURCE_TABLE, blocks, timeout_s=timeout_s, urgent=urgent
         )
 
+    def wait_for_blocks(self, first: int, end: int, timeout_s: float = 20.0) -> None:
+        """Until these have arrived; nothing tells when. Raises `TimeoutError`."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.num_equal(first, end) < end - first:
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError(f"blocks {first}..{end} have not arrived")
+            time.sleep(0.001)
+
     def num_equal(self, first: int = 0, end: int = 40) -> int:
         return sum(
             all(
