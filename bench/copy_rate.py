@@ -229,12 +229,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.copy_rate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of the memory, 3 rounds")
     parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--rounds", type=int, default=0, help="pushes a row (default 15; 3 with --quick)")
+    parser.add_argument("--rounds", type=int, default=0, help="pushes a row (default 40; 3 with --quick)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=140)
     torch.set_num_threads(1)
-    rounds = options.rounds or (3 if options.quick else 15)
+    rounds = options.rounds or (3 if options.quick else 40)
     peer = Peer(num_bytes := MEMORY_BYTES // (4 if options.quick else 1))
     try:
         with Progress(console=console, transient=True) as say:
