@@ -96,16 +96,7 @@ def test_a_ticket_cannot_name_blocks_that_do_not_exist(link: Link) -> None:
 
 def test_closing_waits_for_the_scatter_that_is_under_way(link: Link) -> None:
     link.receiver.open(M, TARGET_TABLE)
-    entered, go_on = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        assert go_on.wait(20)
-
-    link.there.before_scatter = hold
-    with ThreadPoolExecutor(2) as threads:
-        pushing = threads.submit(link.push)
-        assert entered.wait(20)
+    with link.held(link.push) as (pushing, go_on), ThreadPoolExecutor(1) as threads:
         assert link.receiver.try_close_ticket(M) is False
         closing = threads.submit(link.receiver.close_ticket, M)
         assert not closing.done()

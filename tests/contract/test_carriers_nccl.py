@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,16 +40,7 @@ def test_a_link_is_made_at_the_first_push_and_used_again(link: Link) -> None:
 
 def test_the_next_chunk_is_packed_while_one_is_being_written(link: Link) -> None:
     link.receiver.open(M, TARGET_TABLE)
-    entered, go_on = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        assert go_on.wait(20)
-
-    link.there.before_scatter = hold
-    with ThreadPoolExecutor(1) as threads:
-        pushing = threads.submit(link.push)
-        assert entered.wait(20)
+    with link.held(link.push) as (pushing, go_on):
         while max(end.num_packed for end in link.gpus.links) < 2:
             threading.Event().wait(0.001)
         go_on.set()
@@ -76,7 +66,7 @@ def test_a_refused_push_aborts_its_own_link_and_no_other(link: Link) -> None:
 
 
 def test_a_chunk_that_never_arrives_ends_the_push_and_leaves_the_ticket_closable() -> None:
-    link = Link(Kind("nccl://127.0.0.1"), CarrierParams(chunk_bytes=512, link_chunks=1, stall_s=0.1))
+    link = Link(Kind("nccl://127.0.0.1"), CarrierParams(chunk_bytes=512, link_chunks=1, stall_s=1.0))
     link.receiver.open(M, TARGET_TABLE)
     link.push(0, 4)
     for end in link.gpus.links:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from migration.transports import BlockReceiver, BlockSender, CarrierParams, MemoryHub, open_receiver, open_sender
@@ -76,6 +78,21 @@ class Link:
             if time.monotonic() >= deadline_s:
                 raise TimeoutError(f"blocks {first}..{end} have not arrived")
             time.sleep(0.001)
+
+    @contextmanager
+    def held(self, push: Callable[[], CopyReceipt]) -> Iterator[tuple[Future[CopyReceipt], threading.Event]]:
+        """A push that stands in its scatter until the event is set, as it must be before the end."""
+        entered, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            entered.set()
+            assert go_on.wait(20)
+
+        self.there.before_scatter = hold
+        with ThreadPoolExecutor(1) as threads:
+            pushing = threads.submit(push)
+            assert entered.wait(20)
+            yield pushing, go_on
 
     def num_equal(self, first: int = 0, end: int = 40) -> int:
         return sum(

@@ -23,7 +23,7 @@ from tests.support.protocol_scenario import (
     with_number,
     without_numbers,
 )
-from tests.support.protocol_source import Move, Needs, SendLost
+from tests.support.protocol_side import Did, Move, Needs, SendLost, SideRules
 
 D = DestinationState
 _HOLDING = (Engine.HELD, Engine.OPEN)
@@ -50,36 +50,15 @@ class DestinationSide(NamedTuple):
         return f"memory://b/{2 if self.life is Life.AGAIN else 1}"
 
 
-class DestinationRules:
-    """Sides are numbers; the moves of each are computed once."""
+class DestinationRules(SideRules[DestinationSide]):
+    name = "destination"
 
     def __init__(self, scenario: Scenario, machines: Machines, intern: Interner, first_machine: int) -> None:
-        self._scenario = scenario
-        self._machines = machines
-        self._intern = intern
-        self._first_machine = first_machine
-        self._moves: dict[int, tuple[Move, ...]] = {}
-        self._received: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+        super().__init__(scenario, machines, intern, first_machine)
         self._landed: dict[tuple[int, Any], int | None] = {}
-        self._unsent: dict[int, int] = {}
 
     def start(self) -> int:
         return self._intern(DestinationSide(self._first_machine))
-
-    def look(self, side: int) -> DestinationSide:
-        return self._intern.values[side]  # type: ignore[no-any-return]
-
-    def moves(self, side: int) -> tuple[Move, ...]:
-        if side not in self._moves:
-            self._moves[side] = tuple(self._all_moves(self.look(side)))
-        return self._moves[side]
-
-    def receive(self, side: int, packet: int) -> tuple[int, tuple[int, ...]]:
-        """The side after a message has come, and its answers."""
-        key = (side, packet)
-        if key not in self._received:
-            self._received[key] = self._receive(self.look(side), self._intern.values[packet].message)
-        return self._received[key]
 
     def can_receive(self, side: DestinationSide, kind: type) -> bool:
         """The agent's part: nothing of an epoch that has ended, and of what was meant for another epoch only `Reserve`,
@@ -90,7 +69,8 @@ class DestinationRules:
             return False
         return side.life is not Life.AGAIN or kind is msg.Reserve or lapse is Lapse.SERVES_OTHER_EPOCHS
 
-    def _receive(self, side: DestinationSide, message: Any) -> tuple[int, tuple[int, ...]]:
+    def _receive(self, side: DestinationSide, came: Packet) -> Did:
+        message = came.message
         if not self.can_receive(side, type(message)):
             return self._intern(side), ()
         posts: tuple[int, ...] = ()
@@ -119,14 +99,6 @@ class DestinationRules:
             self._landed[key] = self._intern(now._replace(landed=landed)) if is_open else None
         return self._landed[key]
 
-    def send_fails(self, side: int) -> int:
-        """What it said could not be handed over."""
-        if side not in self._unsent:
-            now = self.look(side)
-            failing = now._replace(visits=with_number(now.visits, self._intern(SendLost())))
-            self._unsent[side] = self._intern(failing)
-        return self._unsent[side]
-
     def _all_moves(self, side: DestinationSide) -> Iterator[Move]:
         may = self._scenario.may
         if side.life is Life.DOWN:
@@ -134,13 +106,7 @@ class DestinationRules:
                 fresh = DestinationSide(self._first_machine, life=Life.AGAIN, is_told=side.is_told)
                 yield Move("the destination comes back, knowing nothing", self._intern(fresh))
             return
-        for number in side.visits:
-            rest = side._replace(visits=without_numbers(side.visits, number))
-            yield from self._answers(rest, self._intern.values[number])
-        for number in side.timers:
-            timer = self._intern.values[number]
-            rest = side._replace(timers=without_numbers(side.timers, number))
-            yield Move(f"destination: timer {timer.value}", *self._event(rest, ev.TimerFired(timer)))
+        yield from self._ends(side)
         if not side.is_told:
             told = self._tell(side._replace(is_told=True), ev.SourceLost())
             yield Move("the destination hears that the source's epoch has ended", *told, needs=Needs.SOURCE_ENDED)
@@ -164,7 +130,7 @@ class DestinationRules:
         if self._scenario.lapse is Lapse.FORGETS_COMMITTED and self._machines.look(side.machine).state is D.COMMITTED:
             yield Move("the destination forgets it", self._intern(side._replace(machine=self._first_machine)))
 
-    def _tell(self, side: DestinationSide, event: Any) -> tuple[int, tuple[int, ...]]:
+    def _tell(self, side: DestinationSide, event: Any) -> Did:
         """The table tells the migrations under way, and forgets those that ended with the source's epoch."""
         machine = self._machines.look(side.machine)
         if machine.is_over and isinstance(event, ev.SourceLost):
@@ -176,7 +142,6 @@ class DestinationRules:
         return self._event(side, event)
 
     def _answers(self, side: DestinationSide, effect: Any) -> Iterator[Move]:
-        """How an effect under way may end."""
         match effect:
             case SendLost():
                 yield Move("destination: an answer cannot be sent", *self._event(side, ev.SendFailed("no way")))
@@ -241,7 +206,7 @@ class DestinationRules:
     def _free(self, side: DestinationSide) -> DestinationSide:
         return side._replace(engine=Engine.NOTHING, room=0, landed=0) if side.engine in _HOLDING else side
 
-    def _event(self, side: DestinationSide, event: Any) -> tuple[int, tuple[int, ...]]:
+    def _event(self, side: DestinationSide, event: Any) -> Did:
         number, effects = self._machines.step(side.machine, event)
         side, posts = side._replace(machine=number), []
         epoch = 2 if side.life is Life.AGAIN else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from migration import effects as ef
@@ -12,44 +11,17 @@ from migration import events as ev
 from migration import messages as msg
 from migration.table import SourceState as S
 from migration.types import BlockRange, CopyReceipt, NotStopped
-from tests.support.protocol_machines import Machines
 from tests.support.protocol_scenario import (
     BLOCK_SIZE,
     Disturbance,
     Engine,
-    Interner,
     Lapse,
     Life,
     Packet,
-    Scenario,
     with_number,
     without_numbers,
 )
-
-
-class Needs(IntEnum):
-    """What must be so elsewhere for a move to be possible."""
-
-    NOTHING = 0
-    CLIENT_LEFT = 1
-    DESTINATION_ENDED = 2
-    SOURCE_ENDED = 3
-    LANDS = 4
-    """The destination can be written."""
-    CANNOT_LAND = 5
-
-
-class Move(NamedTuple):
-    """One step of a side: its number after it, the packets it posts."""
-
-    step: str
-    side: int
-    posts: tuple[int, ...] = ()
-    cost: int = 0
-    """Of the faults that may happen."""
-    needs: Needs = Needs.NOTHING
-    copy: tuple[str, int, int] | None = None
-    """(endpoint, first block, end)."""
+from tests.support.protocol_side import Did, Move, Needs, SendLost, SideRules
 
 
 class SourceSide(NamedTuple):
@@ -69,11 +41,6 @@ class SourceSide(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class SendLost:
-    """A visit that ends in `SendFailed`."""
-
-
-@dataclass(frozen=True, slots=True)
 class CopyLeft:
     """A copy that was broken off: it may have ended before."""
 
@@ -83,37 +50,14 @@ class CopyLeft:
 _LAST_VISITS = (ef.StopRequest, ef.ResumeRequest, ef.ReleaseRequest)
 
 
-class SourceRules:
-    """Sides are numbers; the moves of each are computed once."""
+class SourceRules(SideRules[SourceSide]):
+    name = "source"
 
-    def __init__(self, scenario: Scenario, machines: Machines, intern: Interner, first_machine: int) -> None:
-        self._scenario = scenario
-        self._machines = machines
-        self._intern = intern
-        self._first_machine = first_machine
-        self._moves: dict[int, tuple[Move, ...]] = {}
-        self._received: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
-        self._unsent: dict[int, int] = {}
-
-    def start(self) -> tuple[int, tuple[int, ...]]:
+    def start(self) -> Did:
         return self._event(SourceSide(self._first_machine, Engine.RUNNING), ev.Started())
 
-    def look(self, side: int) -> SourceSide:
-        return self._intern.values[side]  # type: ignore[no-any-return]
-
-    def moves(self, side: int) -> tuple[Move, ...]:
-        if side not in self._moves:
-            self._moves[side] = tuple(self._all_moves(self.look(side)))
-        return self._moves[side]
-
-    def receive(self, side: int, packet: int) -> tuple[int, tuple[int, ...]]:
-        """The side after a message has come, and its answers."""
-        key = (side, packet)
-        if key not in self._received:
-            now, came = self.look(side), self._intern.values[packet]
-            is_heard = self._is_heard(now, came)
-            self._received[key] = self._event(now, came.message) if is_heard else (side, ())
-        return self._received[key]
+    def _receive(self, side: SourceSide, came: Packet) -> Did:
+        return self._event(side, came.message) if self._is_heard(side, came) else (self._intern(side), ())
 
     def _is_heard(self, side: SourceSide, came: Packet) -> bool:
         """The agent's part: nothing of an epoch that has ended; and the driver's: of an epoch that was not asked
@@ -124,27 +68,13 @@ class SourceRules:
             return True
         return isinstance(came.message, msg.Refused) and self._machines.look(side.machine).state is S.RESERVING
 
-    def send_fails(self, side: int) -> int:
-        """What it said could not be handed over."""
-        if side not in self._unsent:
-            now = self.look(side)
-            failing = now._replace(visits=with_number(now.visits, self._intern(SendLost())))
-            self._unsent[side] = self._intern(failing)
-        return self._unsent[side]
-
     def _all_moves(self, side: SourceSide) -> Iterator[Move]:
         may = self._scenario.may
         if side.life is Life.DOWN and may(Disturbance.RESTART):
             yield Move("the source comes back, knowing nothing", self._intern(side._replace(life=Life.AGAIN)))
         if side.life in (Life.DOWN, Life.AGAIN):
             return
-        for number in side.visits:
-            rest = side._replace(visits=without_numbers(side.visits, number))
-            yield from self._answers(rest, self._intern.values[number])
-        for number in side.timers:
-            timer = self._intern.values[number]
-            rest = side._replace(timers=without_numbers(side.timers, number))
-            yield Move(f"source: timer {timer.value}", *self._event(rest, ev.TimerFired(timer)))
+        yield from self._ends(side)
         if not side.is_told:
             told = self._event(side._replace(is_told=True), ev.DestinationLost())
             yield Move("the source hears that the destination's epoch has ended", *told, needs=Needs.DESTINATION_ENDED)
@@ -176,7 +106,6 @@ class SourceRules:
             yield Move("the source is declared dead", self._intern(side._replace(life=Life.FENCED)))
 
     def _answers(self, side: SourceSide, effect: Any) -> Iterator[Move]:
-        """How an effect under way may end."""
         is_gone = side.engine is Engine.OVER
         match effect:
             case SendLost():
@@ -244,7 +173,7 @@ class SourceRules:
             stuck = side._replace(engine=Engine.STUCK)
             yield Move(f"source: not {name}, the visit fails", *self._event(stuck, ev.EngineFailed("fault")), cost=1)
 
-    def _event(self, side: SourceSide, event: Any) -> tuple[int, tuple[int, ...]]:
+    def _event(self, side: SourceSide, event: Any) -> Did:
         """The shell applies an event: nothing reaches a machine that is done or gone."""
         if side.life in (Life.DOWN, Life.AGAIN) or self._machines.look(side.machine).is_done:
             return self._intern(side), ()

@@ -23,7 +23,8 @@ from tests.support.protocol_scenario import (
     Life,
     Scenario,
 )
-from tests.support.protocol_source import Move, Needs, SourceRules, SourceSide
+from tests.support.protocol_side import Did, Move, Needs
+from tests.support.protocol_source import SourceRules, SourceSide
 
 
 class World(NamedTuple):
@@ -200,9 +201,7 @@ class ProtocolWorld:
                 can_land = self._destination.land(world.destination, move.copy) is not None
                 return can_land == (move.needs is Needs.LANDS)
 
-    def _source_does(
-        self, world: World, step: str, did: tuple[int, tuple[int, ...]], network: tuple[int, ...]
-    ) -> Iterator[tuple[str, World]]:
+    def _source_does(self, world: World, step: str, did: Did, network: tuple[int, ...]) -> Iterator[tuple[str, World]]:
         side, posts = did
         destination, faults, has_left = world.destination, world.faults_left, world.has_left
         sent = self._tidy(self._post(network, posts), side, destination)
@@ -213,7 +212,7 @@ class ProtocolWorld:
             yield step, World(side, destination, unsent, faults - 1, has_left)
 
     def _destination_does(
-        self, world: World, step: str, did: tuple[int, tuple[int, ...]], network: tuple[int, ...]
+        self, world: World, step: str, did: Did, network: tuple[int, ...]
     ) -> Iterator[tuple[str, World]]:
         side, posts = did
         source, faults, has_left = world.source, world.faults_left, world.has_left
