@@ -83,6 +83,7 @@ def fake_compatibility(block_size: int) -> Compatibility:
         kv_dtype="uint64",
         kv_layout=f"{WORD_BYTES} bytes a token",
         block_size=block_size,
+        max_model_len=0,
         tensor_parallel_size=1,
         model_runner="fake",
     )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-HANDSHAKE_VERSION = 1
+HANDSHAKE_VERSION = 2
 MAX_HANDSHAKE_BYTES = 64 << 10
 MAX_ADAPTERS = 256
 MAX_REASON_CHARS = 1000
@@ -45,6 +45,8 @@ class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: Text
     kv_layout: Text
     block_size: Count
+    max_model_len: Count
+    """Where a request's context ends, and with it the request."""
     tensor_parallel_size: Count
     model_runner: Text
     """vLLM's V1 or V2 runner: they keep a request's state differently."""
@@ -64,6 +66,7 @@ _SAID = (
     ("kv_dtype", "keeps KV as {}"),
     ("kv_layout", "has KV layout {}"),
     ("block_size", "has blocks of {} tokens"),
+    ("max_model_len", "has a context of {} tokens"),
     ("tensor_parallel_size", "runs at tensor parallelism {}"),
     ("model_runner", "has model runner {}"),
     ("speculation", "guesses {}"),

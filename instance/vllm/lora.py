@@ -47,7 +47,7 @@ class Adapters:
         self._known: OrderedDict[int, _Known] = OrderedDict()
 
     def load(self, adapter: LoRARequest | None) -> str | None:
-        """Have it loaded, the first time; one line that says why this engine cannot use it, or None.
+        """Have it loaded, if it is not; one line that says why this engine cannot use it, or None.
 
         vLLM itself would load it inside a step, and end with the step if it cannot, or, without --enable-lora, leave it
         out and tell nobody.
@@ -56,17 +56,17 @@ class Adapters:
             return None
         if self._dtype is None:
             return f"this instance serves no LoRA adapters (--enable-lora); the request asks for {adapter.lora_name}"
-        known = self._known.get(adapter.lora_int_id)
-        if known is not None and not adapter.load_inplace:
-            if (known.name, known.path) == (adapter.lora_name, adapter.lora_path):
-                return None
+        known = None if adapter.load_inplace else self._known.get(adapter.lora_int_id)
+        if known is not None and (known.name, known.path) != (adapter.lora_name, adapter.lora_path):
             return f"LoRA adapter {adapter.lora_int_id} is {known.name} here, not {adapter.lora_name}"
         before = _stamp(adapter.lora_path)
         try:
-            self._core.add_lora(adapter)
+            self._core.add_lora(adapter)  # also a known one: vLLM may have dropped it for another since
         except Exception as error:  # noqa: BLE001 - files can be broken in any way; it costs one request, not the engine
             reason = " ".join(str(error).split())[:300]
             return f"the LoRA adapter {adapter.lora_name} does not load: {reason or type(error).__name__}"
+        if known is not None:
+            return None
         digest = "" if before is None else _digest(adapter.lora_path, self._dtype)
         self._known[adapter.lora_int_id] = _Known(adapter.lora_name, adapter.lora_path, before, digest)
         while len(self._known) > MAX_REMEMBERED:

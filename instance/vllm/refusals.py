@@ -23,6 +23,8 @@ def why_unmovable(request: Request, images_refused: str | None = None, num_guess
     if params is None:
         return "it is a pooling request"
     is_prefilling = 0 < request.num_computed_tokens < request.num_prompt_tokens
+    # Its logprobs so far are the runner's, which keeps them over a preemption.
+    is_prefilling |= request.status == RequestStatus.PREEMPTED and not request.num_output_tokens
     facts = (
         (request.resumable, "it is a streaming session"),
         (request.kv_transfer_params is not None, "its KV is moved by a KV connector"),
@@ -32,6 +34,7 @@ def why_unmovable(request: Request, images_refused: str | None = None, num_guess
         (request.prompt_token_ids is None, "it has no prompt tokens"),
         (_is_loaded_anew(request), "its LoRA adapter is loaded anew with every step"),
         (params.prompt_logprobs is not None and is_prefilling, "its prompt logprobs are not complete yet"),
+        (params.thinking_token_budget is not None, "its thinking is budgeted, which no test has moved yet"),
     )
     reason = next((reason for is_so, reason in facts if is_so), None) or speculation.why_unmovable(request, num_guesses)
     if reason is not None or not request.mm_features:

@@ -132,12 +132,15 @@ class FerryMixin:
             return f"min_tokens with more than {V2_MAX_STOP_TOKEN_IDS} stop token ids"
         if self._ferry_whole_seeded_prefills and is_seeded(request):
             room = self.max_num_scheduled_tokens
+            if threshold := self.scheduler_config.long_prefill_token_threshold:  # vLLM cuts beside others only
+                room = min(room, threshold)
             if self.need_mamba_block_aligned_split:
                 return "seeded requests cannot run on CPU with this model: vLLM cuts its prefills"
             if longest > room:
                 return (
                     f"seeded requests of more than {room} tokens (prompt and max_tokens; this one: {longest}) "
                     "cannot run on CPU; raise --max-num-batched-tokens"
+                    f"{' and --long-prefill-token-threshold' if threshold else ''}"
                 )
         return None
 

@@ -60,7 +60,8 @@ def why_unservable(params: SamplingParams, num_guesses: int, *, is_cpu: bool) ->
 
 
 def why_unmovable(request: Request, num_guesses: int) -> str | None:
-    """The same for one request of an engine that guesses at most `num_guesses` tokens ahead."""
+    """One line that says why a request of an engine that guesses at most `num_guesses` tokens ahead cannot be moved, or
+    None."""
     if not num_guesses:
         return None
     params = request.sampling_params

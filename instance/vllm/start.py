@@ -98,6 +98,7 @@ def _handshake(config: Any, core: EngineCore, adapters: tuple[Adapter, ...], lay
         kv_dtype=str(config.cache_config.cache_dtype),
         kv_layout=layout if len(layout) < MAX_LAYOUT_CHARS else _digest(layout),
         block_size=core.scheduler.block_size,
+        max_model_len=model.max_model_len,
         tensor_parallel_size=config.parallel_config.tensor_parallel_size,
         model_runner="V2" if config.use_v2_model_runner else "V1",
         speculation=speculation.describe(config),

@@ -229,6 +229,19 @@ def test_an_adapter_whose_path_is_missing_is_refused_and_the_engine_goes_on(
     pair.finish(pair.first, request_id)
 
 
+def test_an_adapter_that_vllm_has_dropped_and_cannot_load_again_is_refused(pair: EnginePair, folder: Path) -> None:
+    """1. Five adapters are used, of which vLLM keeps four. 2. The first one's folder is gone. 3. Without a look before
+    the step, the engine would end with it."""
+    made = [adapter_of(write_adapter(folder / f"many-{number}", number), number) for number in range(10, 15)]
+    for adapter in made:
+        pair.finish(pair.first, start(pair, adapter, 3))
+    shutil.rmtree(made[0].lora_path)
+    submission = submission_of(pair.new_id(), prompt_of(1, PROMPT), params()(), lora_request=made[0])
+    refusal = pair.first.add(submission)
+    assert refusal is not None and "does not load" in refusal.reason
+    pair.finish(pair.first, start(pair, made[-1], 3))
+
+
 def test_a_number_that_means_another_adapter_here_is_refused(
     pair: EnginePair, folder: Path, adapters: dict[str, LoRARequest]
 ) -> None:

@@ -114,6 +114,21 @@ def test_a_seeded_request_that_could_not_be_computed_again_whole_is_refused_for_
     assert narrow.first.add(submission_of(narrow.new_id(), prompt_of(60, 300), unseeded)) is None
 
 
+def test_a_seeded_prefill_that_vllm_would_cut_beside_others_is_refused_for_good() -> None:
+    """Cut to the threshold whenever somebody else is there, and left out for that, it and all behind it would wait."""
+    engine = start_engine(max_num_batched_tokens=512, long_prefill_token_threshold=128)
+    pair = EnginePair(VllmKit(engine, engine))
+    refusal = engine.add(submission_of(pair.new_id(), prompt_of(60, 130), seeded()))
+    assert refusal is not None and refusal.final
+    assert "--long-prefill-token-threshold" in refusal.reason
+    ids = [pair.new_id() for _ in range(2)]
+    for request_id in ids:
+        assert engine.add(submission_of(request_id, prompt_of(61, 100), seeded())) is None
+    pair.finish(engine, *ids)
+    pair.drain()
+    pair.close()
+
+
 # ---- P2: on the V2 runner, min_tokens with many stop ids kills the engine
 
 
@@ -130,6 +145,7 @@ def test_min_tokens_with_many_stop_ids_is_refused_on_the_v2_runner(
             block_pool=SimpleNamespace(num_gpu_blocks=100), coordinator=SimpleNamespace(single_type_managers=())
         ),
         use_v2_model_runner=is_v2,
+        num_spec_tokens=0,
         encoder_cache_manager=SimpleNamespace(cache_size=0),
         max_num_encoder_input_tokens=0,
         _ferry_whole_seeded_prefills=False,
