@@ -7,8 +7,10 @@ rank's process serves the same orders over ZeroMQ on an abstract local address, 
 from __future__ import annotations
 
 import hmac
+import logging
 import threading
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Protocol
 
 import msgspec
@@ -20,16 +22,25 @@ from migration.transports import CarrierParams, KVStore, open_receiver, open_sen
 from migration.transports.opening import nccl_maker
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 
-NUM_ORDER_THREADS = 16
-"""Orders a rank serves at once; each migration has at most one push and one close under way."""
+_LOG = logging.getLogger(__name__)
+
+NUM_ORDER_THREADS = 48
+"""Orders a rank serves at once: 16 migrations out and 16 in, each with one under way, and room for closes, which end
+pushes and must not wait for them."""
+MAX_ORDER_BYTES = 16 << 20
+"""Block tables make it: three million ids, as of 50 million tokens; also what a stranger can make a rank read."""
 CPU_BYTES_PER_S = 12.5e6
 """Budget of copies on a machine whose cores also decode: bench/downtime measures what the others feel of it."""
 MAX_PUSH_BYTES = 4e9
 """More than a migration puts into one push of one rank, or than all pushes at once that share the budget."""
 PUSH_TIMEOUT_S = MAX_PUSH_BYTES / CPU_BYTES_PER_S
 """The last resort against a push that hangs; it never cuts a paced one short. `MigrationParams` has the limits."""
-_POLL_MS = 200
+_POLL_S = 0.2
 _ANSWER_GRACE_S = 5.0
+_ANSWER_LINGER_MS = 1000
+"""For the last answers of a rank that closes: to send them, should a peer read slowly."""
+_MAX_WAITING_ORDERS = 1
+"""Of one peer, read ahead: ours has one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,69 +140,106 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 class RankServer:
-    """Serves the agent's orders in the rank's process; threads, one order each."""
+    """Serves the agent's orders in the rank's process; threads, one order each.
+
+    Any process of this machine can connect and send what it likes; without the token it gets no more than a refusal.
+    """
 
     def __init__(self, endpoint: RankEndpoint, address: str, token: str) -> None:
         self._endpoint = endpoint
         self._token = token
         self._context = zmq.Context()
-        self._is_closed = threading.Event()
+        self._is_closing = threading.Event()
+        # Whoever is free takes the next. Dealt out by ZeroMQ, a close could lie behind the push that it breaks off.
+        self._orders: SimpleQueue[list[bytes] | None] = SimpleQueue()
         front = self._context.socket(zmq.ROUTER)
+        front.setsockopt(zmq.MAXMSGSIZE, MAX_ORDER_BYTES)
+        front.setsockopt(zmq.RCVHWM, _MAX_WAITING_ORDERS)
         front.bind(address)
-        back = self._context.socket(zmq.DEALER)
-        back.bind("inproc://orders")
-        self._threads = [threading.Thread(target=self._relay, args=(front, back), name="kv-orders", daemon=True)]
-        self._threads += [
-            threading.Thread(target=self._serve, name=f"kv-order-{i}", daemon=True) for i in range(NUM_ORDER_THREADS)
+        answers = self._context.socket(zmq.PULL)
+        answers.bind("inproc://answers")
+        self._workers = [
+            threading.Thread(target=self._work, name=f"kv-order-{i}", daemon=True) for i in range(NUM_ORDER_THREADS)
         ]
-        for thread in self._threads:
+        self._relayer = threading.Thread(target=self._relay, args=(front, answers), name="kv-orders", daemon=True)
+        for thread in (*self._workers, self._relayer):
             thread.start()
 
     def close(self) -> None:
-        self._is_closed.set()
-        for thread in self._threads:
-            thread.join()
+        """Take no more orders, shut the endpoint down and end the threads; those under way are answered."""
+        self._is_closing.set()
+        for _ in self._workers:
+            self._orders.put(None)
+        for worker in self._workers:
+            while worker.is_alive():
+                self._endpoint.shut_down()  # each time: a push may have begun since the last one
+                worker.join(_POLL_S)
+        self._relayer.join()
         self._context.term()
 
-    def _relay(self, front: zmq.Socket[bytes], back: zmq.Socket[bytes]) -> None:
-        poller = zmq.Poller()
-        poller.register(front, zmq.POLLIN)
-        poller.register(back, zmq.POLLIN)
-        while not self._is_closed.is_set():
-            for ready, _ in poller.poll(_POLL_MS):
-                (back if ready is front else front).send_multipart(ready.recv_multipart())
-        front.close(0)
-        back.close(0)
+    def _relay(self, front: zmq.Socket[bytes], answers: zmq.Socket[bytes]) -> None:
+        num_free = NUM_ORDER_THREADS
+        while not self._is_closing.is_set() or any(worker.is_alive() for worker in self._workers) or answers.poll(0):
+            # What no thread is free for stays with ZeroMQ, which stops reading from those who send too much.
+            takes_orders = num_free > 0 and not self._is_closing.is_set()
+            try:
+                ready, _, _ = zmq.select([answers, front] if takes_orders else [answers], [], [], _POLL_S)
+                if answers in ready:
+                    num_free += 1
+                    front.send_multipart(answers.recv_multipart())
+                if front in ready:
+                    self._orders.put(front.recv_multipart())
+                    num_free -= 1
+            except (zmq.ZMQError, MemoryError):
+                _LOG.exception("an order or an answer is lost")
+        front.close(_ANSWER_LINGER_MS)
+        answers.close(0)
 
-    def _serve(self) -> None:
-        socket = self._context.socket(zmq.REP)
-        socket.connect("inproc://orders")
-        while not self._is_closed.is_set():
-            if socket.poll(_POLL_MS):
-                socket.send(msgspec.msgpack.encode(self._answer(socket.recv())))
-        socket.close(0)
+    def _work(self) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.connect("inproc://answers")
+        while (frames := self._orders.get()) is not None:
+            peer, *envelope = frames
+            socket.send_multipart([peer, b"", msgspec.msgpack.encode(self._answer(envelope))])
+        socket.close()
 
-    def _answer(self, frame: bytes) -> _Answer:
+    def _answer(self, envelope: list[bytes]) -> _Answer:
+        """`envelope`: what the peer sent; of a REQ socket with one part it is an empty frame and that part."""
+        try:
+            match envelope:
+                case [b"", frame]:
+                    return self._obey(frame)
+                case _:
+                    return _Answer(f"no order: {len(envelope)} frames")
+        except CopyFailed as error:
+            return _Answer(_text(error))
+        except Exception as error:  # noqa: BLE001 - it fails one order, and the thread serves the next
+            _LOG.error("an order raised %r", error, exc_info=error)
+            return _Answer(_text(error))
+
+    def _obey(self, frame: bytes) -> _Answer:
         try:
             order = msgspec.msgpack.decode(frame, type=_Open | _Close | _Push)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return _Answer(f"no order: {error}")
         if not hmac.compare_digest(order.token.encode(), self._token.encode()):
             return _Answer("wrong token")
         migration_id = MigrationId(order.migration_id)
-        try:
-            match order:
-                case _Open():
-                    self._endpoint.open(migration_id, order.block_table)
-                case _Close():
-                    self._endpoint.close(migration_id)
-                case _Push():
-                    blocks = BlockRange(order.first, order.end)
-                    done = self._endpoint.push(migration_id, order.url, order.block_table, blocks, order.urgent)
-                    return _Answer(num_blocks=done.num_blocks, num_bytes=done.num_bytes)
-        except Exception as error:  # noqa: BLE001 - it fails one order, and the thread serves the next
-            return _Answer(str(error) or type(error).__name__)
+        match order:
+            case _Open():
+                self._endpoint.open(migration_id, order.block_table)
+            case _Close():
+                self._endpoint.close(migration_id)
+            case _Push():
+                blocks = BlockRange(order.first, order.end)
+                done = self._endpoint.push(migration_id, order.url, order.block_table, blocks, order.urgent)
+                return _Answer(num_blocks=done.num_blocks, num_bytes=done.num_bytes)
         return _Answer()
+
+
+def _text(error: Exception) -> str:
+    """Of at least one character, and of such as can be sent: a file's name in it may be no UTF-8."""
+    return (str(error) or type(error).__name__).encode(errors="replace").decode()
 
 
 class RemoteRank:
@@ -205,6 +253,7 @@ class RemoteRank:
         self._context = zmq.Context()
         self._lock = threading.Lock()
         self._idle: list[zmq.Socket[bytes]] = []
+        self._is_closed = False
 
     @property
     def url(self) -> str:
@@ -223,28 +272,48 @@ class RemoteRank:
         return CopyReceipt(answer.num_blocks, answer.num_bytes)
 
     def shut_down(self) -> None:
+        """Orders under way fail. Idempotent."""
         with self._lock:
+            self._is_closed = True
             while self._idle:
                 self._idle.pop().close(0)
         self._context.term()
 
     def _ask(self, order: _Order) -> _Answer:
-        """Raises `CopyFailed`: the rank said no, or nothing in time."""
-        with self._lock:
-            socket = self._idle.pop() if self._idle else None
-        if socket is None:
-            socket = self._context.socket(zmq.REQ)
-            socket.connect(self._address)
+        """Raises `CopyFailed`: the rank said no, or nothing in time, or we are shut down."""
+        frame = msgspec.msgpack.encode(order)
+        if len(frame) > MAX_ORDER_BYTES:  # the rank would hang up and never answer
+            raise CopyFailed(f"an order of {len(frame)} bytes is too large")
+        socket = self._take_socket()
         try:
-            socket.send(msgspec.msgpack.encode(order))
+            socket.send(frame)
             if not socket.poll(round((PUSH_TIMEOUT_S + _ANSWER_GRACE_S) * 1e3)):
                 raise CopyFailed("the rank does not answer")
             answer = msgspec.msgpack.decode(socket.recv(), type=_Answer)
+        except zmq.ContextTerminated as error:
+            socket.close(0)
+            raise CopyFailed("the rank is shut down") from error
         except BaseException:
             socket.close(0)
             raise
-        with self._lock:
-            self._idle.append(socket)
+        self._put_back(socket)
         if answer.failure is not None:
             raise CopyFailed(answer.failure)
         return answer
+
+    def _take_socket(self) -> zmq.Socket[bytes]:
+        with self._lock:
+            if self._is_closed:
+                raise CopyFailed("the rank is shut down")
+            if self._idle:
+                return self._idle.pop()
+            socket = self._context.socket(zmq.REQ)
+            socket.connect(self._address)
+            return socket
+
+    def _put_back(self, socket: zmq.Socket[bytes]) -> None:
+        with self._lock:
+            if self._is_closed:
+                socket.close(0)  # else the context would wait for it for ever
+            else:
+                self._idle.append(socket)

@@ -98,9 +98,9 @@ class FerryWorkerExtension:
         return parameters_digest(self.model_runner.model.named_parameters())
 
     def ferry_close(self: Any) -> None:
+        self.ferry_endpoint.shut_down()  # first: it breaks off the pushes that the server's threads wait for
         if self.ferry_server is not None:
             self.ferry_server.close()
-        self.ferry_endpoint.shut_down()
 
     def ferry_export_generator(self: Any, request_id: str) -> bytes | None:
         """State of a seeded request's sampler; None where there is none to carry (the V2 runner's is stateless)."""
