@@ -34,6 +34,8 @@ HEADER_BYTES = _HEADER.size
 _TIMEVAL = struct.Struct("@ll")
 _MAX_PIECES = os.sysconf("SC_IOV_MAX")
 """Pieces of memory that one call of the kernel takes."""
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+"""Seconds of silence, seconds between questions, questions: a host that is gone is noticed after two minutes."""
 _CUT_SHORT = "the peer closed the connection in the middle of a frame"
 
 
@@ -128,6 +130,15 @@ class Frame(msgspec.Struct, frozen=True):
     crc32: int
 
 
+def tune(sock: socket.socket) -> None:
+    """For TCP at both ends: small frames go at once, and an idle peer whose host is gone is noticed. Raises
+    `OSError`."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEP_ALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 class FrameSocket:
     """One end of a connection: frames in, frames out, every call bounded by the deadline set last.
 
@@ -141,6 +152,8 @@ class FrameSocket:
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._deadline_s: float | None = None
         self._is_interrupted = False
+        self.has_answer = False
+        """Whether `expect` has had a frame, since a caller last set it back."""
         self._armed_s = 0.0
         """The kernel's time-out of each call; 0: none."""
 
@@ -170,7 +183,6 @@ class FrameSocket:
         if not num_read:
             return None
         if num_read < HEADER_BYTES:
-            self._arm()
             self.receive_into(self._header[num_read:])
         magic, version, number, num_bytes, first, count, crc32 = _HEADER.unpack(self._header)
         if magic != MAGIC or version != VERSION:
@@ -193,6 +205,7 @@ class FrameSocket:
 
     def receive_into(self, out: memoryview) -> None:
         """Fill `out`. `ConnectionError` when cut short, `TimeoutError` at the deadline."""
+        self._arm()
         num_bytes = len(out)
         num_read = 0
         while num_read < num_bytes:
@@ -206,6 +219,7 @@ class FrameSocket:
 
     def receive_pieces(self, pieces: Sequence[memoryview]) -> None:
         """Fill the pieces one after the other, where they lie. Raises as `receive_into` does."""
+        self._arm()
         left = deque(pieces)
         while left:
             batch = list(islice(left, _MAX_PIECES))
@@ -221,6 +235,7 @@ class FrameSocket:
         frame = self.receive()
         if frame is None:
             raise ConnectionResetError("the peer closed the connection")
+        self.has_answer = True
         if frame.kind is FrameKind.FAILED:
             raise CopyFailed(self.receive_control(frame, Failed).reason)
         if frame.kind is not kind:
@@ -263,6 +278,10 @@ class FrameSocket:
         self._is_interrupted = True
         with contextlib.suppress(OSError):  # not connected (any more): nothing to shut down
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._sock.fileno()
 
     def close(self) -> None:
         self.interrupt()

@@ -108,7 +108,7 @@ class _Watch:
             is_late = self._is_given_up
         if is_late and link is not None:
             _LOG.warning("a link came up after its limit; aborted")
-            link.abort()
+            abort(link)
 
     def result(self, limit_s: float) -> Link:
         with self._changed:
@@ -119,6 +119,15 @@ class _Watch:
             if self._error is None:
                 raise CopyFailed(f"the link to the peer's GPU was not up after {limit_s} s")
             raise CopyFailed(f"no link to the peer's GPU: {self._error}") from self._error
+
+
+def abort(link: Link | None) -> None:
+    """End the pair, and never raise: the socket beside it must be closed all the same."""
+    try:
+        if link is not None:
+            link.abort()
+    except Exception as error:  # noqa: BLE001 - whatever CUDA, NCCL or CuPy raise; the pair is given up in any case
+        _LOG.warning("a link could not be aborted: %r", error, exc_info=error)
 
 
 def wait_done(link: Link, slot: int, deadline_s: float) -> None:

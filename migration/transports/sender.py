@@ -9,12 +9,13 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from migration.errors import CopyFailed, MalformedMessage
 from migration.stages import chunks_of
 from migration.transports import links
 from migration.transports.budget import Budget
-from migration.transports.frames import Begin, FrameKind, Landed
+from migration.transports.frames import Begin, FrameKind, FrameSocket, Landed
 from migration.transports.links import Link, LinkMaker
 from migration.transports.memory import MemoryHub
 from migration.transports.params import CarrierParams
@@ -41,7 +42,8 @@ class _Push:
     budget: Budget
     index_bytes: int
     is_broken_off: threading.Event = field(default_factory=threading.Event)
-    connection: Connection | None = None
+    frames: FrameSocket | None = None
+    """What it waits on, from before its handshake on."""
 
     def ids(self, blocks: BlockRange) -> BlockTable:
         return tuple(group[blocks.first : blocks.end] for group in self.block_table)
@@ -141,8 +143,8 @@ class BlockSender:
             push = self._pushes.get(migration_id)
             if push is not None:
                 push.is_broken_off.set()
-                if push.connection is not None:
-                    push.connection.frames.interrupt()
+                if push.frames is not None:
+                    push.frames.interrupt()
 
     def close(self) -> None:
         """Break off every push and close every connection."""
@@ -174,24 +176,42 @@ class BlockSender:
         return CopyReceipt(len(push.blocks), num_bytes)
 
     def _push_by_socket(self, push: _Push) -> CopyReceipt:
-        connection = self._pool.take(push.url, push.deadline_s)
+        watch = partial(self._watch, push)
+        connection = self._pool.take(push.url, push.deadline_s, watch)
+        try:
+            landed = self._push_over(push, connection)
+        except (BrokenPipeError, ConnectionResetError):
+            # The peer may have ended an idle connection, to make room, just as it was taken: it has served none of
+            # this push then.
+            if not connection.is_used or connection.frames.has_answer or push.is_broken_off.is_set():
+                raise
+            landed = self._push_over(push, self._pool.connect(push.url, push.deadline_s, watch))
+        return CopyReceipt(landed.num_blocks, landed.num_bytes)
+
+    def _watch(self, push: _Push, frames: FrameSocket | None) -> None:
+        """What `break_off` interrupts. Raises `CopyFailed` if it was called already."""
         with self._lock:
-            push.connection = connection
+            if frames is not None and push.is_broken_off.is_set():
+                raise CopyFailed("broken off")
+            push.frames = frames
+
+    def _push_over(self, push: _Push, connection: Connection) -> Landed:
+        """Over this connection, which is kept or closed then."""
         has_landed = False
         try:
             landed = self._converse(push, connection)
             has_landed = True
         finally:
-            with self._lock:
-                push.connection = None
+            self._watch(push, None)
             if has_landed and not push.is_broken_off.is_set():
                 self._pool.give(push.url, connection)
             else:
                 connection.close()
-        return CopyReceipt(landed.num_blocks, landed.num_bytes)
+        return landed
 
     def _converse(self, push: _Push, connection: Connection) -> Landed:
         frames = connection.frames
+        frames.has_answer = False
         frames.set_deadline(push.deadline_s)
         is_socket = connection.segment is None and connection.link is None
         in_place = self._host_store if is_socket and not self._params.checksum else None

@@ -79,9 +79,9 @@ class OfferedSegment:
         self._listener.close()
 
 
-def map_segment(offer: SegmentOffer, max_bytes: int) -> tuple[Segment, socket.socket] | None:
+def map_segment(offer: SegmentOffer, max_bytes: int, timeout_s: float) -> tuple[Segment, socket.socket] | None:
     """The receiver's side: the segment, and the local connection to its sender. None: not on this host (or not
-    allowed), too large, or not the memory that was offered."""
+    allowed), too large, not the memory that was offered, or nobody takes the connection."""
     size = _HEADER_BYTES + offer.num_slots * offer.slot_bytes
     if not _PATH.fullmatch(offer.path) or not 0 < offer.num_slots * offer.slot_bytes <= max_bytes:
         return None
@@ -103,6 +103,7 @@ def map_segment(offer: SegmentOffer, max_bytes: int) -> tuple[Segment, socket.so
     if not hmac.compare_digest(memory[:_NONCE_BYTES], offer.nonce):
         return None
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(max(1e-3, timeout_s))  # else a connect waits for ever where the offerer never accepts
     try:
         sock.connect("\0" + offer.local_name)
         sock.sendall(offer.nonce)

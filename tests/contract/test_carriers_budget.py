@@ -6,14 +6,27 @@ import heapq
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
+from migration.errors import CopyFailed
 from migration.transports import CarrierParams, open_sender
 from migration.transports.budget import Budget
+from migration.transports.frames import _HEADER, MAGIC, VERSION, Begin, FrameKind, FrameSocket
 from migration.types import BlockRange, MigrationId
 from tests.support.byte_store import ByteStore
-from tests.support.carrier_link import SOCKET_KINDS, SOURCE_TABLE, TARGET_TABLE, TOKEN, Kind, Link, M
+from tests.support.carrier_link import (
+    INDEX_BYTES,
+    KINDS,
+    SOCKET_KINDS,
+    SOURCE_TABLE,
+    TARGET_TABLE,
+    TOKEN,
+    Kind,
+    Link,
+    M,
+)
 
 CHUNK_BYTES = 512
 """4 block indexes."""
@@ -79,6 +92,48 @@ def test_a_receiver_closes_at_once_though_a_push_waits_for_its_turn(kind: Kind) 
     link.receiver.close()
     pushing.join(20)
     assert len(failures) == 1
+    sender.close()
+    link.close()
+
+
+WRONG: dict[str, tuple[str, Callable[[FrameSocket], None]]] = {
+    "of an unknown migration": ("unknown", lambda frames: _announce_chunk(frames, 4 * INDEX_BYTES)),
+    "too short": ("m", lambda frames: _announce_chunk(frames, 1)),
+    "of another kind": ("m", lambda frames: frames.announce(FrameKind.SLOT_CHUNK, 0, 4)),
+}
+
+
+def _announce_chunk(frames: FrameSocket, num_bytes: int) -> None:
+    frames._sock.sendall(_HEADER.pack(MAGIC, VERSION, FrameKind.CHUNK, num_bytes, 0, 4, 0))
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_chunk_that_will_be_refused_books_none_of_the_budget(wrong: str) -> None:
+    migration_id, say = WRONG[wrong]
+    hour = CarrierParams(chunk_bytes=CHUNK_BYTES, num_slots=2, bytes_per_s=CHUNK_BYTES / 3600)
+    link = Link(KINDS["tcp"], hour)
+    link.receiver.open(M, TARGET_TABLE)
+    frames = link.shake_hands()
+    frames.send(FrameKind.BEGIN, Begin(migration_id, 0, 4, 4, has_checksum=False))
+    say(frames)
+    with pytest.raises((CopyFailed, OSError)):
+        frames.set_deadline(time.monotonic() + 5)
+        frames.expect(FrameKind.LANDED)
+    frames.close()
+    sender = open_sender(link.here, TOKEN, UNPACED)
+    sender.push(M, link.receiver.url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=5)  # a chunk: it has its turn at once
+    assert link.num_equal(0, 4) == 4
+    sender.close()
+    link.close()
+
+
+@pytest.mark.parametrize("kind", SOCKET_KINDS.values(), ids=SOCKET_KINDS)
+def test_waiting_for_a_turn_is_no_stall(kind: Kind) -> None:
+    link = Link(kind, CarrierParams(chunk_bytes=CHUNK_BYTES, num_slots=2, bytes_per_s=CHUNK_BYTES / 0.5, stall_s=0.3))
+    link.receiver.open(M, TARGET_TABLE)
+    sender = open_sender(link.here, TOKEN, UNPACED)
+    sender.push(M, link.receiver.url, SOURCE_TABLE, BlockRange(0, 12), timeout_s=20)
+    assert link.num_equal(0, 12) == 12
     sender.close()
     link.close()
 

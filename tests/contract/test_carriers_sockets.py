@@ -304,11 +304,13 @@ def test_a_connection_is_used_again_and_renewed_when_the_peer_has_closed_it(sock
 def test_a_receiver_serves_no_more_connections_than_its_bound() -> None:
     link = Link(KINDS["tcp"], CarrierParams(chunk_bytes=512, max_connections=1))
     link.receiver.open(M, TARGET_TABLE)
-    link.push()
     second = open_sender(link.here, TOKEN, PARAMS)
-    with pytest.raises(CopyFailed):
-        second.push(M, link.receiver.url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=20)
-    link.push()
+    with link.held(link.push) as (pushing, go_on):
+        with pytest.raises(CopyFailed, match="takes no more connections"):
+            second.push(M, link.receiver.url, SOURCE_TABLE, BlockRange(0, 4), timeout_s=20)
+        go_on.set()
+        pushing.result(20)
+    assert link.num_equal() == 40
     second.close()
     link.close()
 
@@ -336,7 +338,7 @@ def test_a_url_that_is_none_fails_the_push_and_nothing_else(socket_link: Link, u
 
 
 def test_a_segment_that_cannot_be_shared_falls_back_to_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migration.transports.receiver.map_segment", lambda *_: None)  # as from another host
+    monkeypatch.setattr("migration.transports.serving.map_segment", lambda *_: None)  # as from another host
     link = Link(KINDS["shm"])
     link.receiver.open(M, TARGET_TABLE)
     link.push()

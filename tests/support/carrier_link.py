@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from migration.transports import BlockReceiver, BlockSender, CarrierParams, MemoryHub, open_receiver, open_sender
-from migration.transports.frames import FrameKind, FrameSocket, Hello, Welcome
+from migration.transports.frames import Begin, FrameKind, FrameSocket, Hello, Landed, Welcome
 from migration.transports.shm import OfferedSegment
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId
 from tests.support.byte_store import GROUP_BLOCK_BYTES, ByteStore, MappedByteStore
@@ -56,11 +56,11 @@ class Link:
         self.here, self.there = make(1), make(2)
         self.hub, self.gpus = MemoryHub(), FakeGpus()
         self.maker: FakeLinkMaker | None = None
-        maker_there: FakeLinkMaker | None = None
+        self.maker_there: FakeLinkMaker | None = None
         if kind.url.startswith("nccl"):
             self.maker = FakeLinkMaker(self.here, self.gpus)
-            maker_there = FakeLinkMaker(self.there, self.gpus, is_direct=kind.is_direct)
-        self.receiver: BlockReceiver = open_receiver(self.there, kind.url, TOKEN, params, self.hub, maker_there)
+            self.maker_there = FakeLinkMaker(self.there, self.gpus, is_direct=kind.is_direct)
+        self.receiver: BlockReceiver = open_receiver(self.there, kind.url, TOKEN, params, self.hub, self.maker_there)
         self.sender: BlockSender = open_sender(self.here, sender_token, params, self.hub, self.maker)
 
     def push(
@@ -126,11 +126,11 @@ class Link:
 
 
 class StrangeReceiver:
-    """Listens like a receiver and does with its first connection what the test says; then that connection ends."""
+    """Listens like a receiver and does with one connection after the other what the test says; each ends then."""
 
-    def __init__(self, story: Callable[[FrameSocket], None]) -> None:
+    def __init__(self, *stories: Callable[[FrameSocket], None]) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._story = story
+        self._stories = stories
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -143,13 +143,30 @@ class StrangeReceiver:
         self._listener.close()
 
     def _serve(self) -> None:
-        sock, _ = self._listener.accept()
-        frames = FrameSocket(sock)
-        frames.set_deadline(time.monotonic() + 20)
-        try:
-            self._story(frames)
-        finally:
-            frames.close()
+        for story in self._stories:
+            sock, _ = self._listener.accept()
+            frames = FrameSocket(sock)
+            frames.set_deadline(time.monotonic() + 20)
+            try:
+                story(frames)
+            finally:
+                frames.close()
+
+
+def take_push(frames: FrameSocket) -> None:
+    """What a receiver without a ticket's table does with a push through the socket."""
+    begin = frames.receive_control(frames.expect(FrameKind.BEGIN), Begin)
+    num_blocks, num_bytes = begin.end - begin.first, 0
+    while num_bytes < num_blocks * INDEX_BYTES:
+        chunk = frames.expect(FrameKind.CHUNK)
+        frames.receive_into(memoryview(bytearray(chunk.num_bytes)))
+        num_bytes += chunk.num_bytes
+    frames.send(FrameKind.LANDED, Landed(num_blocks, num_bytes))
+
+
+def welcome(frames: FrameSocket) -> None:
+    frames.receive_control(frames.expect(FrameKind.HELLO), Hello)
+    frames.send(FrameKind.WELCOME, Welcome(has_segment=False))
 
 
 def read_to_end(sock: socket.socket) -> bytes:

@@ -38,6 +38,8 @@ class FakeLink:
         self.num_packed = 0
         self.is_deaf = False
         """Nothing that is sent arrives any more."""
+        self.is_stuck = False
+        """Its abort fails, as CUDA does once a kernel has faulted."""
         self._store, self._pair = store, pair
         self._slots = pair.shared if is_direct else [bytearray(slot_bytes) for _ in range(NUM_SLOTS)]
         self._awaited: dict[int, int] = {}
@@ -74,6 +76,8 @@ class FakeLink:
 
     def abort(self) -> None:
         self.is_aborted = True
+        if self.is_stuck:
+            raise RuntimeError("an illegal memory access was encountered")
 
     def _part(self, slot: int, block_ids: BlockTable) -> memoryview:
         return memoryview(self._slots[slot])[: len(block_ids[0]) * self._store.layout.index_bytes]
@@ -84,12 +88,13 @@ class FakeLink:
 
 
 class FakeLinkMaker:
-    """One rank's GPU. `before_link` lets a test hold the making of a link."""
+    """One rank's GPU. `before_link` lets a test hold the making of a link, `after_answer` what follows an answer."""
 
     def __init__(self, store: KVStore, gpus: FakeGpus, *, is_direct: bool = False) -> None:
         self._store, self._gpus, self._is_direct = store, gpus, is_direct
         self._lock = threading.Lock()
         self.before_link: Callable[[], object] = lambda: None
+        self.after_answer: Callable[[], object] = lambda: None
 
     def offer(self, slot_bytes: int) -> LinkOffer:
         offer = LinkOffer(secrets.token_bytes(128), b"gpu", slot_bytes)
@@ -97,6 +102,7 @@ class FakeLinkMaker:
         return offer
 
     def answer(self, offer: LinkOffer) -> tuple[LinkAnswer, Callable[[], Link]]:
+        self.after_answer()
         return LinkAnswer((b"0", b"1") if self._is_direct else ()), lambda: self._make(offer, self._is_direct)
 
     def connect(self, offer: LinkOffer, answer: LinkAnswer) -> Link:
