@@ -11,6 +11,7 @@ import logging
 import threading
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from traceback import format_exception
 from typing import Protocol
 
 import msgspec
@@ -214,7 +215,7 @@ class RankServer:
         except CopyFailed as error:
             return _Answer(_text(error))
         except Exception as error:  # noqa: BLE001 - it fails one order, and the thread serves the next
-            _LOG.error("an order raised %r", error, exc_info=error)
+            _LOG.error("an order raised %s", _encodable("".join(format_exception(error))))
             return _Answer(_text(error))
 
     def _obey(self, frame: bytes) -> _Answer:
@@ -238,8 +239,13 @@ class RankServer:
 
 
 def _text(error: Exception) -> str:
-    """Of at least one character, and of such as can be sent: a file's name in it may be no UTF-8."""
-    return (str(error) or type(error).__name__).encode(errors="replace").decode()
+    """Of at least one character."""
+    return _encodable(str(error)) or type(error).__name__
+
+
+def _encodable(text: str) -> str:
+    """As can be sent and logged: a file's name in it may be no UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 class RemoteRank:

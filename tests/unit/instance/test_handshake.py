@@ -9,6 +9,7 @@ import pytest
 
 from instance.fake_model import fake_compatibility
 from instance.vllm.handshake import (
+    HANDSHAKE_VERSION,
     MAX_HANDSHAKE_BYTES,
     Adapter,
     Compatibility,
@@ -105,7 +106,7 @@ def test_what_is_encoded_is_decoded() -> None:
         encode(HERE)[:-1] + ',"more":1}',
         encode(HERE).replace('"block_size":16', '"block_size":-1'),
         encode(HERE).replace('"block_size":16', '"block_size":"16"'),
-        encode(HERE).replace('"version":1', '"version":2'),
+        encode(HERE).replace(f'"version":{HANDSHAKE_VERSION}', '"version":99'),
         encode(HERE).replace('"model":"m"', '"model":"' + "m" * 5000 + '"'),
         "[" * 50_000,
         '"\ud800"',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ pytest.importorskip("vllm", reason="instance.vllm needs vLLM")
 from instance.vllm.rank import MAX_ORDER_BYTES, NUM_ORDER_THREADS, RankServer, RemoteRank
 from instance.vllm.worker import FerryWorkerExtension
 
-ADDRESS = "ipc://@kvferry-test-rank-orders"
+ADDRESS = f"ipc://@kvferry-test-rank-orders-{uuid.uuid4().hex}"
+"""Of this process: others may run the same tests."""
 WAIT_S = 10.0
 """Far more than any of this takes; only a defect uses it up."""
 M = MigrationId("m")
