@@ -13,7 +13,7 @@ from tests.support.image_model import Picture, image_model_path, question
 from tests.support.moved_streams import MODEL, Sampling, moved_texts, text_of, texts_of
 from tests.support.serving import Serving
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 READY_S = 240.0
 NUM_TOKENS = 1500

@@ -9,10 +9,10 @@ import openai
 import pytest
 
 from tests.support.model import tiny_model_path
-from tests.support.moved_streams import GREEDY, MODEL, Sampling, moved_texts, texts_of
+from tests.support.moved_streams import GREEDY, MODEL, Sampling, client, moved_texts, texts_of
 from tests.support.serving import Serving
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 READY_S = 240.0
 NUM_TOKENS = 1800
@@ -43,6 +43,10 @@ async def test_a_greedy_stream_moved_there_and_back_says_what_one_left_alone_say
     assert moved == alone
 
 
-async def test_a_sampled_stream_is_refused_with_its_reason(serving: Serving) -> None:
-    with pytest.raises(openai.BadRequestError, match="sampled requests cannot run on a CPU"):
-        await texts_of(serving, "sampled", NUM_TOKENS, {"temperature": 0.8, "seed": 17})
+async def test_a_sampled_request_is_refused_with_its_reason(serving: Serving) -> None:
+    sampling: Sampling = {"temperature": 0.8, "seed": 17}
+    async with client(serving) as api:
+        with pytest.raises(openai.BadRequestError, match="sampled requests cannot run on a CPU"):
+            await api.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=5, **sampling)
+    with pytest.raises(openai.APIError, match="sampled requests cannot run on a CPU"):  # its stream has begun by then
+        await texts_of(serving, "sampled", NUM_TOKENS, sampling)
