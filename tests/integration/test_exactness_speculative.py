@@ -7,7 +7,6 @@ guesses were made and which were right.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,15 +29,12 @@ from instance.types import RequestStatus
 from instance.vllm import handshake, speculation
 from instance.vllm.codec import decode_state, encode_state
 from migration.types import Description, RequestId
-from tests.support.engine_process import EngineProcess
-from tests.support.guessing import Guessing, ProcessKit, flat, repeating_prompt
+from tests.support.guessing import NUM_GUESSES, Guessing, ProcessKit, flat, guessing_engines, repeating_prompt
 from tests.support.pair import Refused, Sabotage, Shape
-from tests.support.vllm_kit import engine_argv, prompt_of, submission_of
+from tests.support.vllm_kit import prompt_of, submission_of
 
 pytestmark = pytest.mark.timeout(300)
 
-NUM_GUESSES = 3
-NGRAM = {"method": "ngram", "num_speculative_tokens": NUM_GUESSES, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 NUM_SLOTS = 4
 CHUNK = 288
 """Of a prompt, in one step."""
@@ -88,15 +84,8 @@ Compare = Callable[..., Guessing]
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessKit]:
     logs = tmp_path_factory.mktemp("engines")
-    argv = engine_argv(speculative_config=json.dumps(NGRAM), max_num_seqs=NUM_SLOTS, max_num_batched_tokens=CHUNK)
-    engines = [EngineProcess(argv, logs / f"{name}.log") for name in ("first", "second")]
-    try:
-        for engine in engines:
-            engine.wait()
-        yield ProcessKit(*engines)
-    finally:
-        for engine in engines:
-            engine.close()
+    with guessing_engines(logs, max_num_seqs=NUM_SLOTS, max_num_batched_tokens=CHUNK) as engines:
+        yield engines
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ A process for each engine, as in test_exactness_speculative.py, which has everyt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +16,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.sampling_params import SamplingParams
 
-from tests.support.engine_process import EngineProcess
-from tests.support.guessing import Guessing, ProcessKit, flat
+from tests.support.guessing import Guessing, ProcessKit, flat, guessing_engines
 from tests.support.pair import Sabotage
-from tests.support.vllm_kit import engine_argv
 from tests.support.windowed_model import MIXED, windowed_model_path
 
 pytestmark = pytest.mark.timeout(300)
-
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
 def params(**values: Any) -> Callable[[], SamplingParams]:
@@ -40,23 +35,10 @@ CASES = {
 """Of the last, guesses are right all along."""
 
 
-@contextmanager
-def engines(logs: Path, **flags: Any) -> Iterator[ProcessKit]:
-    argv = engine_argv(speculative_config=json.dumps(NGRAM), **flags)
-    started = [EngineProcess(argv, logs / f"{name}.log") for name in ("first", "second")]
-    try:
-        for engine in started:
-            engine.wait()
-        yield ProcessKit(*started)
-    finally:
-        for engine in started:
-            engine.close()
-
-
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessKit]:
     model = windowed_model_path(MIXED)
-    with engines(tmp_path_factory.mktemp("engines"), model=model, num_gpu_blocks_override=161) as kit:
+    with guessing_engines(tmp_path_factory.mktemp("engines"), model=model, num_gpu_blocks_override=161) as kit:
         yield kit
 
 
@@ -105,7 +87,7 @@ def test_controls_with_windows(control: Callable[[ProcessKit], None], windowed: 
 @pytest.mark.long
 def test_kv_on_two_ranks_moves_exactly(tmp_path: Path) -> None:
     """Four processes, which take minutes on a few cores."""
-    with engines(tmp_path, tensor_parallel_size=2, max_num_seqs=4) as kit:
+    with guessing_engines(tmp_path, tensor_parallel_size=2, max_num_seqs=4) as kit:
         check_exact(kit, "greedy", (24,))
         check_exact(kit, "allowed ids", (12, 31))
         check_guesses(kit)

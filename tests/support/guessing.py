@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from vllm.sampling_params import SamplingParams
 
@@ -14,8 +17,10 @@ from migration.types import RequestId
 from tests.support.engine_process import EngineProcess
 from tests.support.exactness import Comparison, Seen
 from tests.support.pair import Sabotage, Shape
-from tests.support.vllm_kit import VllmKit, prompt_of, submission_of
+from tests.support.vllm_kit import VllmKit, engine_argv, prompt_of, submission_of
 
+NUM_GUESSES = 3
+NGRAM = {"method": "ngram", "num_speculative_tokens": NUM_GUESSES, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PERIOD = 20
 """The prompt repeats itself after so many tokens, and the answer repeats some of it."""
 
@@ -35,6 +40,20 @@ class ProcessKit:
         made = SamplingParams(temperature=0.0, max_tokens=shape.max_tokens, ignore_eos=True)
         prompt = repeating_prompt(shape.prompt_key, shape.num_prompt_tokens)
         return submission_of(request_id, prompt, made, shape.priority)
+
+
+@contextmanager
+def guessing_engines(logs: Path, **flags: Any) -> Iterator[ProcessKit]:
+    """Two engines that guess by `NGRAM`, for as long as the context lasts. `flags`: as of `engine_argv`."""
+    argv = engine_argv(speculative_config=json.dumps(NGRAM), **flags)
+    started = [EngineProcess(argv, logs / f"{name}.log") for name in ("first", "second")]
+    try:
+        for engine in started:
+            engine.wait()
+        yield ProcessKit(*started)
+    finally:
+        for engine in started:
+            engine.close()
 
 
 @dataclass(frozen=True)
