@@ -15,10 +15,10 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-all sim golden exhaustive compat proto diagrams bench test-gpu clean
+.PHONY: help setup demo test check test-all sim golden exhaustive compat proto diagrams bench test-gpu test-v2 clean
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv and install the pinned packages and the project, once
 	@if [ -z "$(BASE_PYTHON)" ]; then \
@@ -72,6 +72,12 @@ bench: setup ## run one bench: make bench NAME=downtime ARGS="--quick"
 
 test-gpu: setup ## the tests that need a CUDA device (they skip, saying why, where there is none)
 	$(PYTEST) -m gpu tests || [ $$? -eq 5 ]
+
+test-v2: setup ## moves between engines with vLLM's V2 runner, as on GPUs, its kernels interpreted (fetches Triton, 190 MB)
+	@[ -d $(VENV)/opt/triton ] || { echo "fetching Triton ..." && \
+		$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/opt/triton.part \
+		"$$(grep '^triton==' requirements/cuda.lock)" && mv -T $(VENV)/opt/triton.part $(VENV)/opt/triton; }
+	$(PYTEST) tests/integration/test_exactness_v2_runner.py
 
 sim: ## the simulator (not there yet)
 	@echo "sim: the simulator comes with a later issue; there is nothing to run yet." >&2; exit 2

@@ -55,8 +55,9 @@ from bench.exactness_progress import (
 )
 from bench.exactness_runs import NAMES, Runs
 from bench.exactness_sabotage import CONTROLS
-from bench.exactness_scenes import MODEL, SHARES, Scene, engine_argv
-from bench.fleet import PROGRAM, Fleet, FleetError
+from bench.exactness_scenes import MODEL, SHARES, Scene, engine_argv, program_of
+from bench.fleet import Fleet, FleetError
+from bench.models.pictured import ImageFront
 from bench.report import write_result
 
 DEFAULT_PROGRESS = Path("bench-out/exactness.jsonl")
@@ -91,7 +92,6 @@ class Bench:
         self._kinds = KINDS if not options.only else (BY_NAME[options.only],)
         self._shares = shares_of(self._kinds, options.requests)
         self._vocabulary = Vocabulary(get_tokenizer(str(MODEL)))
-        self._program = PROGRAM if not options.control else ("bench.exactness_sabotage", options.control)
 
     async def run(self) -> None:
         """Scene by scene until every kind has its share. Raises FleetError when an instance does not start or dies."""
@@ -100,11 +100,12 @@ class Bench:
             for scene in Scene:
                 while self._wanted(scene):
                     self._console.print(f"{scene.value}: starting two instances ...")
-                    argv = engine_argv(scene)
-                    async with Fleet.running(NAMES, argv, self._program, LOGS, **LIMITS) as fleet:
+                    argv, program = engine_argv(scene), program_of(scene, self._options.control)
+                    front = ImageFront(argv) if scene is Scene.PICTURED else None
+                    async with Fleet.running(NAMES, argv, program, LOGS, **LIMITS) as fleet:
                         is_sound, num_batches = True, 0
                         while is_sound and self._wanted(scene):
-                            is_sound = await self._batch(fleet, scene)
+                            is_sound = await self._batch(fleet, scene, front)
                             bar.update(task, completed=self._progress.num_migrated)
                             if not self._console.is_terminal and num_batches % BATCHES_A_LINE == 0:
                                 self._say_where(scene)
@@ -129,7 +130,7 @@ class Bench:
     def _wanted(self, scene: Scene) -> list[Kind]:
         return [kind for kind in self._kinds if kind.scene is scene and self._missing(kind)]
 
-    async def _batch(self, fleet: Fleet, scene: Scene) -> bool:
+    async def _batch(self, fleet: Fleet, scene: Scene, front: ImageFront | None) -> bool:
         """Run one batch and write it down. False: the instances cannot be used any more."""
         begun_s = time.monotonic()
         missing = {kind: self._missing(kind) for kind in self._wanted(scene)}
@@ -140,7 +141,7 @@ class Bench:
             plans.append(plan_of(kind, self._options.seed + tried[kind], self._vocabulary))
             missing[kind] -= 1
             tried[kind] += 1
-        runs = Runs(fleet, Random(f"{self._options.seed} {len(self._progress.batches)}"))
+        runs = Runs(fleet, Random(f"{self._options.seed} {len(self._progress.batches)}"), front)
         compounds = await runs.batch(plans)
         leaked, told = await runs.settle()
         records = [record_of(compound) for compound in compounds]
@@ -149,6 +150,8 @@ class Bench:
         for compound, record in zip(compounds, records, strict=True):
             if record.difference or record.unmoved_difference:
                 self._tell(compound, record)
+            for fault in compound.moved.faults:
+                self._console.print(f"broken off, and the request went on: {record.kind}, seed {record.seed}: {fault}")
         if told:
             self._console.print(f"LEAK after a batch of {scene.value}: {leaked} blocks; {told}", style="red")
         has_errors = any(ran.error for c in compounds for ran in (c.moved, c.unmoved))
@@ -203,6 +206,7 @@ def record_of(compound: Compound) -> RequestRecord:
         num_tokens=sum(len(seen.tokens) for seen in compound.unmoved.seen),
         hops=hops,
         num_refusals=len(moved.refusals),
+        num_faults=len(moved.faults),
         difference=told,
         lost=moved.lost,
         doubled=moved.doubled,

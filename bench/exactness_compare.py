@@ -71,6 +71,9 @@ class Ran:
     moves: list[Moved] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     """Reasons for which a move did not take place (it is tried again)."""
+    faults: list[str] = field(default_factory=list)
+    """Reasons for which a move was broken off, by a copy that failed, say (it is tried again, and the request compared
+    all the same)."""
     num_cached_here: int = 0
     lost: int = 0
     doubled: int = 0

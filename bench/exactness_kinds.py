@@ -17,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from bench.exactness_scenes import ADAPTERS, Scene
 from bench.models.make_chats import chat, render_chat, tool_chat
 from bench.models.make_text import plain_document
+from bench.models.pictured import Picture
 
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 40, 400
 MIN_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS = 30, 70
@@ -77,6 +78,8 @@ class Kind:
     prompt_tokens: tuple[int, int] = (MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
     adapters: tuple[str, ...] = ()
     """One of them, drawn at random; none if there are none."""
+    max_pictures: int = 0
+    """If any, a prompt has at least one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +103,20 @@ class Plan:
     begins: tuple[int, ...]
     """The instance (0 or 1) at which each sequence begins."""
     adapter: str | None
+    pictures: tuple[tuple[int, Picture], ...]
+    """Each before so many tokens of the prompt."""
     tokenizer: Any = field(repr=False, compare=False)
 
     @property
     def n(self) -> int:
         return len(self.hops)
+
+    def pieces(self) -> list[int | Picture]:
+        """The prompt, with the pictures in their places."""
+        pieces: list[int | Picture] = list(self.prompt)
+        for at, picture in sorted(self.pictures, key=lambda placed: placed[0], reverse=True):
+            pieces.insert(at, picture)
+        return pieces
 
     def params(self) -> SamplingParams:
         """New each time: vLLM writes into the parameters it is given."""
@@ -132,7 +144,9 @@ def plan_of(kind: Kind, seed: int, vocabulary: Vocabulary) -> Plan:
     begins = tuple(rng.randrange(2) for _ in range(num_sequences))
     grammar = None if kind.grammar is None else kind.grammar(rng)
     adapter = rng.choice(kind.adapters) if kind.adapters else None
-    return Plan(kind, seed, prompt, sampling, grammar, hops, begins, adapter, vocabulary.tokenizer)
+    places = rng.sample(range(1, len(prompt)), rng.randint(1, kind.max_pictures)) if kind.max_pictures else []
+    pictures = tuple((at, Picture(rng.randrange(1 << 31))) for at in places)
+    return Plan(kind, seed, prompt, sampling, grammar, hops, begins, adapter, pictures, vocabulary.tokenizer)
 
 
 def _hops(rng: Random, kind: Kind, max_tokens: int) -> tuple[Hop, ...]:
@@ -293,7 +307,7 @@ def _new_regex(rng: Random) -> dict[str, Any]:
 GREEDY = fixed(logprobs=2)
 SEEDED = fixed(temperature=1.0, seed=0, logprobs=2)
 CHUNKED, TIGHT, ADAPTED, WINDOWED = Scene.CHUNKED, Scene.TIGHT, Scene.ADAPTED, Scene.WINDOWED
-GUESSED = Scene.GUESSED
+GUESSED, ASYNCHRONOUS, PICTURED, RANKS = Scene.GUESSED, Scene.ASYNCHRONOUS, Scene.PICTURED, Scene.RANKS
 LONG = (200, MAX_PROMPT_TOKENS)
 LONGEST = (400, 800)
 CROWD = (240, 300)
@@ -362,6 +376,20 @@ KINDS: tuple[Kind, ...] = (
     Kind("guessed", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS),
     Kind("guessed, penalties", _penalties, GUESSED, compared=Compared.BUT_LOGPROBS),
     Kind("guessed, json schema", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS, grammar=_schema),
+    Kind("asynchronous", GREEDY, ASYNCHRONOUS),
+    Kind("asynchronous, seeded", SEEDED, ASYNCHRONOUS),
+    Kind("asynchronous, penalties", _seeded_penalties, ASYNCHRONOUS),
+    Kind("asynchronous, stop ids", _stop_ids, ASYNCHRONOUS),
+    Kind("asynchronous, regex", SEEDED, ASYNCHRONOUS, grammar=_regex),
+    Kind("asynchronous, cached there", GREEDY, ASYNCHRONOUS, Found.CACHED_THERE, prompt_tokens=LONG),
+    Kind("asynchronous, waiting for its grammar", SEEDED, ASYNCHRONOUS, Found.UNCOMPILED, grammar=_new_regex),
+    Kind("images", GREEDY, PICTURED, max_pictures=2),
+    Kind("images, seeded", SEEDED, PICTURED, max_pictures=2),
+    Kind("images, penalties", _seeded_penalties, PICTURED, max_pictures=2),
+    Kind("two ranks", GREEDY, RANKS),
+    Kind("two ranks, seeded", SEEDED, RANKS),
+    Kind("two ranks, penalties", _penalties, RANKS),
+    Kind("two ranks, regex", SEEDED, RANKS, grammar=_regex),
 )
 BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 
@@ -377,5 +405,5 @@ NOT_MOVED: tuple[str, ...] = (
 )
 """Kinds that `describe` refuses with a reason (instance/vllm/refusals.py); no request of them is in the run."""
 
-ELSEWHERE: tuple[str, ...] = ("images", "sliding windows alone", "tensor parallelism")
+ELSEWHERE: tuple[str, ...] = ("sliding windows alone", "guesses with windows or on two ranks", "the V2 runner")
 """Kinds that need another model or other engines: tests/integration moves them, this run does not."""

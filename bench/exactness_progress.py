@@ -50,6 +50,7 @@ class RequestRecord(msgspec.Struct, frozen=True, tag="request", omit_defaults=Tr
     num_tokens: int
     hops: tuple[HopRecord, ...]
     num_refusals: int = 0
+    num_faults: int = 0
     difference: str = ""
     lost: int = 0
     doubled: int = 0
@@ -176,6 +177,7 @@ class Progress:
             "lost_or_doubled_tokens": sum(record.lost + record.doubled for record in self.requests),
             "kinds": len({record.kind for record in self.migrated}),
             "migrations": len(hops),
+            "faulted_migrations": sum(record.num_faults for record in self.requests),
             "requests_alone": sum(record.is_run_alone for record in self.requests),
             "unmoved_mismatched_requests": sum(bool(record.unmoved_difference) for record in self.requests),
             "requests_per_s": self.num_migrated / seconds if seconds else None,
@@ -213,6 +215,7 @@ def rows_of(records: Iterable[RequestRecord]) -> Mapping[str, Mapping[str, int]]
         counter["lost_or_doubled"] += record.lost + record.doubled
         counter["hops"] += len(record.hops)
         counter["refusals"] += record.num_refusals
+        counter["faults"] += record.num_faults
         counter["other_state"] += record.verdict is Verdict.OTHER_STATE
         counter["not_moved"] += record.verdict is Verdict.NOT_MOVED
         counter["unmoved_mismatched"] += bool(record.unmoved_difference)
@@ -225,6 +228,7 @@ COLUMNS: Sequence[str] = (
     "mismatched",
     "hops",
     "refusals",
+    "faults",
     "other_state",
     "not_moved",
     "unmoved_mismatched",

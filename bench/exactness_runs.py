@@ -19,6 +19,7 @@ from bench.exactness_compare import Compound, Leg, Moved, Ran, Seen, read
 from bench.exactness_kinds import Compared, Found, Plan
 from bench.exactness_scenes import AT_ONCE, adapter_of
 from bench.fleet import Fleet, FleetError, Stream
+from bench.models.pictured import ImageFront
 from instance.standalone import Verb
 
 NAMES = ("first", "second")
@@ -35,9 +36,11 @@ PASSERS_BY = 2
 class Runs:
     """Runs requests on one pair of instances."""
 
-    def __init__(self, fleet: Fleet, rng: Random) -> None:
+    def __init__(self, fleet: Fleet, rng: Random, front: ImageFront | None) -> None:
+        """`front`: renders prompts with images, where there are any."""
         self._fleet = fleet
         self._rng = rng
+        self._front = front
         self._names = itertools.count(1)
         self._streams: list[Stream] = []
 
@@ -142,6 +145,11 @@ class Runs:
 
     def _request(self, plan: Plan, params: SamplingParams, salt: str) -> EngineCoreRequest:
         name = f"{plan.kind.name.replace(' ', '-').replace(',', '')}-{plan.seed}-{next(self._names)}"
+        if plan.pictures:
+            assert self._front is not None
+            request: EngineCoreRequest = self._front.request(name, plan.pieces(), params)
+            request.cache_salt = salt
+            return request
         return EngineCoreRequest(
             request_id=name,
             prompt_token_ids=list(plan.prompt),
@@ -293,6 +301,8 @@ class _Run:
                     return True
                 case "refused" | "preempted" | "timed_out" | "finished_at_source" | "aborted_by_client":
                     self._ran.refusals.append(summary.reason or summary.outcome)
+                case "fault":
+                    self._ran.faults.append(summary.reason)
                 case _:
                     raise FleetError(f"a migration ended {summary.outcome}: {summary.reason}")
             await asyncio.sleep(RETRY_S)

@@ -1,7 +1,7 @@
 """In which surroundings does bench.exactness move requests? Scenes: a pair of engines each, and what they are made of.
 
-The trained small model, with random LoRA adapters in one scene, and a random model with sliding windows in another.
-What is random is made on first use, with a fixed seed, in bench-out/made.
+The trained small model, with random LoRA adapters in one scene; random models with sliding windows and with images in
+two others. What is random is made on first use, with a fixed seed, in bench-out/made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
+from bench.fleet import PROGRAM
 from bench.models.adapters import RANK, write_adapter
+from bench.models.pictured import write_pictured_model
 from bench.models.windowed import MIXED, write_windowed_model
 
 MODEL = Path(__file__).parent / "models" / "tiny"
@@ -40,6 +42,13 @@ class Scene(Enum):
     """Tokens are guessed ahead by ngrams. Compared without logprobs: unmoved, too, their last bits depend on what else
     is in the batch (7 of 8 requests), since that decides how many guesses share a step."""
 
+    ASYNCHRONOUS = "asynchronous"
+    """A step is scheduled before the tokens of the one before it are known, as on GPUs."""
+    PICTURED = "pictured"
+    """The model sees images; each prompt has one or two."""
+    RANKS = "ranks"
+    """Tensor parallelism over two ranks, each with its half of the KV."""
+
     @property
     def needs_crowd(self) -> bool:
         """A crowd is what makes requests wait, be preempted, be cut into chunks: there the batches are always full."""
@@ -55,6 +64,9 @@ ENGINE_FLAGS: Mapping[Scene, tuple[str, ...]] = {
     Scene.ADAPTED: (*_ROOM, "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(len(ADAPTERS))),
     Scene.WINDOWED: _ROOM,
     Scene.GUESSED: (*_ROOM, "--speculative-config", json.dumps(NGRAM)),
+    Scene.ASYNCHRONOUS: _ROOM,
+    Scene.PICTURED: _ROOM,
+    Scene.RANKS: (*_ROOM, "--tensor-parallel-size", "2"),
 }
 SHARES: Mapping[Scene, int] = {
     Scene.ROOMY: 2,
@@ -63,8 +75,12 @@ SHARES: Mapping[Scene, int] = {
     Scene.ADAPTED: 2,
     Scene.WINDOWED: 2,
     Scene.GUESSED: 2,
+    Scene.ASYNCHRONOUS: 2,
+    Scene.PICTURED: 2,
+    Scene.RANKS: 1,
 }
-"""Of the requests, for each kind of the scene: in the tight one most tries find the request in another state."""
+"""Of the requests, for each kind of the scene: in the tight one most tries find the request in another state,
+and six processes are slow on few cores."""
 AT_ONCE: Mapping[Scene, int] = {
     Scene.ROOMY: 16,
     Scene.CHUNKED: 10,
@@ -72,6 +88,9 @@ AT_ONCE: Mapping[Scene, int] = {
     Scene.ADAPTED: 12,
     Scene.WINDOWED: 16,
     Scene.GUESSED: 16,
+    Scene.ASYNCHRONOUS: 16,
+    Scene.PICTURED: 12,
+    Scene.RANKS: 8,
 }
 """Requests in both instances together, moved and unmoved."""
 
@@ -81,11 +100,20 @@ def engine_argv(scene: Scene) -> tuple[str, ...]:
     model = MODEL
     if scene is Scene.WINDOWED:
         model = write_windowed_model(MADE / f"windowed-{MIXED}", MIXED, MODEL)
+    if scene is Scene.PICTURED:
+        model = write_pictured_model(MADE / "pictured", MODEL)
     if scene is Scene.ADAPTED:
         for number, name in enumerate(ADAPTERS, start=1):
             write_adapter(MADE / name, number, MODEL)
     common = ("--dtype", "float32", "--max-model-len", "1024", "--block-size", str(BLOCK_TOKENS))
     return (str(model.resolve()), *common, "--kv-cache-memory-bytes", str(64 << 20), *ENGINE_FLAGS[scene])
+
+
+def program_of(scene: Scene, control: str | None) -> tuple[str, ...]:
+    """The module that an instance is, and its first arguments. A control's instances schedule synchronously."""
+    if control:
+        return ("bench.exactness_sabotage", control)
+    return ("bench.exactness_asynchronous",) if scene is Scene.ASYNCHRONOUS else PROGRAM
 
 
 def adapter_of(name: str | None) -> LoRARequest | None:

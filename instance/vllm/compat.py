@@ -167,6 +167,7 @@ _NEEDED_OF_SCHEDULER = (
     "deferred_waiting",
     "requests",
     "finished_req_ids",
+    "prev_step_scheduled_req_ids",
     "reset_preempted_req_ids",
     "_inflight_prefills",
     "max_num_active_reqs",

@@ -256,6 +256,9 @@ class FerryMixin:
         blocks.settle(self.kv_cache_manager, request)
         # The id may still wait to be flushed to the runner as finished, from its last stay here.
         self.finished_req_ids.discard(request_id)
+        # Scheduled in the last step here, if it came back at once: an asynchronous scheduler would take it for known to
+        # the runner and leave its tokens out.
+        self.prev_step_scheduled_req_ids.discard(request_id)
         self.requests[request_id] = request
         if not state.has_run:
             self._enqueue_waiting_request(request)

@@ -11,6 +11,7 @@ from tests.support.pair import EnginePair
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from tests.support.asynchronous import shared_asynchronous_kit
 from tests.support.vllm_kit import shared_kit
 
 pytestmark = pytest.mark.engine
@@ -26,3 +27,14 @@ def pair() -> Iterator[EnginePair]:
 
 class TestVllmEngine(EngineContract):
     """The shared suite, over two engines in this process."""
+
+
+class TestVllmEngineThatSchedulesAsynchronously(EngineContract):
+    """As engines on GPUs do: a step gives out the outputs of the step before."""
+
+    @pytest.fixture
+    def pair(self) -> Iterator[EnginePair]:
+        pair = EnginePair(shared_asynchronous_kit())
+        yield pair
+        pair.drain()
+        pair.close()

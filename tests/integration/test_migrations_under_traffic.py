@@ -10,6 +10,7 @@ undisturbed run.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from vllm.sampling_params import SamplingParams
 
 from instance.engine import Engine
 from migration.types import Refusal, RequestId, StoppedRequest
+from tests.support.asynchronous import shared_asynchronous_kit
 from tests.support.pair import EnginePair, Refused
-from tests.support.vllm_kit import prompt_of, shared_kit, submission_of
+from tests.support.vllm_kit import VllmKit, prompt_of, shared_kit, submission_of
 
 NUM_REQUESTS = 24
 NUM_TOKENS = 60
@@ -41,9 +43,9 @@ def submission(request_id: RequestId, number: int) -> Any:
 class _Traffic:
     """The world of the story: who runs where, and what has been done to them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, kit: VllmKit, seed: int) -> None:
         self.random = random.Random(seed)
-        self.pair = EnginePair(shared_kit())
+        self.pair = EnginePair(kit)
         self.where: dict[RequestId, Engine] = {}
         self.aborted: set[RequestId] = set()
         self.counts = {"moved": 0, "refused": 0, "broken off": 0, "aborted": 0}
@@ -101,8 +103,10 @@ class _Traffic:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_requests_survive_being_thrown_to_and_fro(seed: int) -> None:
-    world = _Traffic(seed)
+@pytest.mark.parametrize("kit_of", [shared_kit, shared_asynchronous_kit])
+def test_requests_survive_being_thrown_to_and_fro(kit_of: Callable[[], VllmKit], seed: int) -> None:
+    kit = kit_of()
+    world = _Traffic(kit, seed)
     numbers: dict[RequestId, int] = {}
     for number in range(NUM_REQUESTS):
         request_id = world.pair.new_id("thrown")
@@ -118,7 +122,7 @@ def test_requests_survive_being_thrown_to_and_fro(seed: int) -> None:
             world.disturb()
     world.pair.drain()
     assert world.counts["moved"] > 20 and world.counts["broken off"] > 3, world.counts
-    alone = EnginePair(shared_kit())
+    alone = EnginePair(kit)
     for request_id, number in numbers.items():
         if request_id not in world.aborted:
             again = alone.new_id()

@@ -48,6 +48,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ("tests.support.engine_process",)
 STOP_S = 20.0
 LENGTH_BYTES = 4
 
@@ -70,9 +71,9 @@ class Answer(msgspec.Struct, frozen=True):
 class EngineProcess:
     """See `instance.engine.Engine`, and `instance.vllm.host.VllmEngine`, which runs on the other side."""
 
-    def __init__(self, argv: tuple[str, ...], log: Path) -> None:
+    def __init__(self, argv: tuple[str, ...], log: Path, program: tuple[str, ...] = PROGRAM) -> None:
         """Starts it; `wait` for it before the first call. `argv`: as of `vllm serve`."""
-        command = [sys.executable, "-m", "tests.support.engine_process", *argv]
+        command = [sys.executable, "-m", *program, *argv]
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr

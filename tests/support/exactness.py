@@ -80,6 +80,8 @@ class Comparison:
         self.pair.close()
 
     def start(self) -> RequestId:
+        for engine in (self.first, self.second):
+            self.pair.step_until(engine, lambda: not engine.has_work())  # noqa: B023 - called here and now
         assert self.first.reset_prefix_cache() and self.second.reset_prefix_cache()
         request_id = self.pair.new_id()
         refusal = self.first.add(self._submission(request_id))
