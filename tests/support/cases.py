@@ -50,7 +50,7 @@ CASES: dict[str, Callable[[], SamplingParams]] = {
     "five logprobs, seeded": params(temperature=1.0, seed=3, logprobs=5, frequency_penalty=0.4),
     "prompt logprobs": params(prompt_logprobs=2, logprobs=1),
     "min_tokens": params(
-        temperature=1.0, seed=4, min_tokens=40, stop_token_ids=list(range(3, 500, 3)), ignore_eos=False
+        temperature=1.0, seed=4, min_tokens=40, stop_token_ids=list(range(3, 500, 4)), ignore_eos=False
     ),
     "max_tokens at the edge": params(max_tokens=42),
     "logit_bias": params(logit_bias=dict.fromkeys(range(3, 60), 2.5), logprobs=1),
