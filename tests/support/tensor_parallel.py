@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 
 from vllm.sampling_params import SamplingParams
 
+from bench.exactness_asynchronous import asynchronous_scheduling
 from instance.spec import Carrier
 from instance.vllm.host import VllmEngine
 from tests.support.exactness import Comparison
@@ -17,14 +19,16 @@ from tests.support.pair import Sabotage
 from tests.support.vllm_kit import VllmKit, start_engine
 
 
-def main(carrier: str) -> None:
+def main(carrier: str, scheduling: str) -> None:
     def start() -> VllmEngine:
-        return start_engine(Carrier(carrier), tensor_parallel_size=2, max_num_seqs=4)
+        with asynchronous_scheduling() if scheduling == "asynchronous" else nullcontext():
+            return start_engine(Carrier(carrier), tensor_parallel_size=2, max_num_seqs=4)
 
     kit = VllmKit(start(), start())
     result: dict[str, object] = {
         "endpoints": len(kit.first.mover.endpoints()),
         "refused": kit.first.facts.migration_refused_because,
+        "scheduler": type(kit.first._scheduler).__name__,
     }
     kinds = {
         "greedy": {"temperature": 0.0, "logprobs": 2},
@@ -53,4 +57,4 @@ def main(carrier: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
