@@ -1,9 +1,7 @@
-"""What must every engine do? The shared suite of the Engine port; a test module subclasses it and gives the fixture
-`pair`.
+"""What must every engine do? The shared suite of the Engine port; a test module subclasses it with a fixture `pair`.
 
-The fixture yields an `EnginePair` over two idle engines (they may outlive a test) and calls `drain()` after it. The
-suite needs
-room for 40 % of the blocks in one prompt, and at least 4 sequences at a time.
+It yields an `EnginePair` over two idle engines (they may outlive a test) and calls `drain()` after it. There must be
+room for 40 % of the blocks in one prompt, and for 4 sequences at a time.
 """
 
 from __future__ import annotations

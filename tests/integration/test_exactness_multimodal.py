@@ -6,87 +6,42 @@ takes over earlier has never seen the image, and must encode it from the pixels 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
 
-import msgspec
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from vllm.sampling_params import SamplingParams
-
-from instance.types import RequestStatus, Submission
-from instance.vllm import images
-from instance.vllm.codec import decode_described, decode_request, encode_described, encode_request
+from instance.types import RequestStatus
 from instance.vllm.host import VllmEngine
-from instance.vllm.refusals import MAX_SUBMISSION_BYTES, why_unmovable
-from migration.types import Description, Refusal, RequestId
-from tests.support.exactness import Comparison, Seen
+from migration.types import Refusal, RequestId
+from tests.support.image_comparison import (
+    BETWEEN,
+    BLOCK,
+    CASES,
+    CHUNK,
+    FIRST_IMAGE,
+    LEADING,
+    NUM_PROMPT,
+    SECOND_IMAGE,
+    Prompt,
+    Start,
+    comparisons,
+    kit_of,
+    new_picture,
+    one_image,
+    params,
+    step_to,
+    two_images,
+)
 from tests.support.image_model import (
     NUM_IMAGE_TOKENS,
-    Picture,
     image_front,
-    image_model_path,
-    submission_from,
 )
-from tests.support.pair import EnginePair, Sabotage
-from tests.support.vllm_kit import VllmKit, prompt_of, start_engine, submission_of
+from tests.support.pair import EnginePair
+from tests.support.vllm_kit import VllmKit, prompt_of, submission_of
 
 pytestmark = pytest.mark.timeout(300)
-
-BLOCK = 32
-CHUNK = 64
-"""Prompt tokens that a chunking engine computes in a step."""
-LEADING, BETWEEN, TRAILING = 40, 60, 30
-FIRST_IMAGE = range(LEADING, LEADING + NUM_IMAGE_TOKENS)
-SECOND_IMAGE = range(FIRST_IMAGE.stop + BETWEEN, FIRST_IMAGE.stop + BETWEEN + NUM_IMAGE_TOKENS)
-NUM_PROMPT = SECOND_IMAGE.stop + TRAILING
-_SEEDS = itertools.count(1)
-"""Every test has images of its own: an engine that has encoded one keeps the embeddings a while."""
-
-Prompt = Sequence[int | Picture]
-Start = Callable[..., Comparison]
-
-
-def params(**values: object) -> Callable[[], SamplingParams]:
-    return lambda: SamplingParams(**{"temperature": 0.0, "max_tokens": 50, "ignore_eos": True, "logprobs": 1, **values})
-
-
-CASES = {
-    "greedy": params(),
-    "seeded": params(temperature=1.0, seed=5, top_p=0.9),
-    "logprobs": params(logprobs=5, prompt_logprobs=2),
-    "penalties": params(frequency_penalty=0.7, presence_penalty=0.5, repetition_penalty=1.3),
-    "long": params(max_tokens=250),
-}
-
-
-class ImageComparison(Comparison):
-    """Of a prompt with images in it."""
-
-    def __init__(self, kit: VllmKit, prompt: Prompt, case: str) -> None:
-        super().__init__(kit, 0, 0, CASES[case])
-        self.prompt = prompt
-
-    def _submission(self, request_id: RequestId) -> Submission:
-        return image_front().submission(request_id, self.prompt, self._params())
-
-
-def one_image(picture: Picture | None = None, leading: int = LEADING) -> list[int | Picture]:
-    return [*prompt_of(1, leading), picture or Picture(next(_SEEDS)), *prompt_of(2, BETWEEN)]
-
-
-def two_images(*pictures: Picture) -> list[int | Picture]:
-    first, second = pictures or (Picture(next(_SEEDS)), Picture(next(_SEEDS)))
-    return [*one_image(first), second, *prompt_of(3, TRAILING)]
-
-
-def kit_of(**flags: Any) -> VllmKit:
-    model = image_model_path()
-    return VllmKit(start_engine(model=model, **flags), start_engine(model=model, **flags))
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +55,7 @@ def chunking() -> VllmKit:
     return kit_of(max_num_batched_tokens=CHUNK)
 
 
-@pytest.fixture
-def compare() -> Iterator[Start]:
-    made: list[Comparison] = []
-
-    def make(kit: VllmKit, prompt: Prompt, case: str = "greedy") -> Comparison:
-        made.append(ImageComparison(kit, prompt, case))
-        return made[-1]
-
-    yield make
-    for comparison in made:
-        comparison.close()
+compare = pytest.fixture(comparisons, name="compare")
 
 
 def encoded(engine: VllmEngine) -> frozenset[str]:
@@ -129,13 +74,6 @@ def finished(pair: EnginePair, engine: VllmEngine, prompt: Prompt) -> list[int]:
     assert engine.add(image_front().submission(request_id, prompt, params(max_tokens=20)())) is None
     pair.finish(engine, request_id)
     return pair.tokens(request_id)
-
-
-def step_to(comparison: Comparison, num_steps: int) -> RequestId:
-    request_id = comparison.start()
-    for _ in range(num_steps):
-        comparison.pair.step(comparison.first)
-    return request_id
 
 
 # ---- with the prompt computed
@@ -248,7 +186,7 @@ def test_the_prompt_goes_on_being_computed_while_it_is_copied(chunking: VllmKit,
 
 
 def test_one_image_twice_is_encoded_once_and_moves_exactly(chunking: VllmKit, compare: Start) -> None:
-    picture = Picture(next(_SEEDS))
+    picture = new_picture()
     comparison = compare(chunking, two_images(picture, picture))
     expected = comparison.undisturbed()
     request_id = step_to(comparison, 1)
@@ -321,14 +259,14 @@ def is_preempted(engine: VllmEngine, request_id: RequestId) -> bool:
 
 
 def test_a_prefix_with_the_same_image_is_not_copied_and_one_with_another_image_is(kit: VllmKit, compare: Start) -> None:
-    picture = Picture(next(_SEEDS))
+    picture = new_picture()
     comparison = compare(kit, one_image(picture))
     pair, second = comparison.pair, comparison.second
     expected = comparison.undisturbed()
     num_prompt = len(prompt_of(1, LEADING)) + NUM_IMAGE_TOKENS + BETWEEN
     for there, num_cached in (
         (picture, num_prompt // BLOCK * BLOCK),
-        (Picture(next(_SEEDS)), LEADING // BLOCK * BLOCK),
+        (new_picture(), LEADING // BLOCK * BLOCK),
     ):
         request_id = step_to(comparison, 20)
         finished(pair, second, one_image(there))
@@ -336,143 +274,3 @@ def test_a_prefix_with_the_same_image_is_not_copied_and_one_with_another_image_i
         assert ferried.num_cached_tokens == num_cached
         pair.finish(second, request_id)
         assert comparison.seen(request_id) == expected
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"uses_mrope": True}, "M-RoPE"),
-        ({"is_mm_prefix_lm": True}, "both directions"),
-        ({"is_multimodal_raw_input_only_model": True}, "raw inputs"),
-        ({"requires_raw_input_tokens": True}, "raw inputs"),
-        ({"is_multimodal_model": False}, "takes none"),
-        ({}, None),
-    ],
-)
-def test_models_whose_images_are_more_than_embeddings_keep_them(change: dict[str, bool], reason: str | None) -> None:
-    plain = {
-        "is_multimodal_model": True,
-        "uses_mrope": False,
-        "is_mm_prefix_lm": False,
-        "is_multimodal_raw_input_only_model": False,
-        "requires_raw_input_tokens": False,
-    }
-    model = SimpleNamespace(**{**plain, **change})
-    told = images.why_never_movable(SimpleNamespace(model_config=model, speculative_config=None))
-    assert told is None if reason is None else reason in str(told)
-
-
-def test_inputs_other_than_images_embedded_images_and_images_with_an_adapter_stay() -> None:
-    image = SimpleNamespace(modality="image", data={"pixel_values": None})
-    assert images.why_unmovable([image], has_adapter=False) is None
-    assert "LoRA" in str(images.why_unmovable([image], has_adapter=True))
-    assert "(audio)" in str(images.why_unmovable([image, SimpleNamespace(modality="audio", data={})], False))
-    embedded = SimpleNamespace(modality="image", data={"image_embeds": None})
-    assert "embedded by its sender" in str(images.why_unmovable([embedded], has_adapter=False))
-
-
-def test_the_reason_of_the_model_holds_for_requests_with_images_only(kit: VllmKit, compare: Start) -> None:
-    comparison = compare(kit, one_image())
-    request = kit.first._scheduler.requests[comparison.start()]
-    assert why_unmovable(request, "not with this model") == "not with this model"
-    request.mm_features = []
-    assert why_unmovable(request, "not with this model") is None
-
-
-def test_a_submission_too_large_for_a_message_stays_where_it_is(kit: VllmKit, compare: Start) -> None:
-    pair = compare(kit, one_image()).pair
-    request_id = pair.new_id()
-    request = image_front().request(request_id, one_image(), params()())
-    request.trace_headers = {"large": "x" * MAX_SUBMISSION_BYTES}
-    assert kit.first.add(submission_from(request)) is None
-    refusal = kit.first.describe(request_id)
-    assert isinstance(refusal, Refusal) and "larger than" in refusal.reason
-    (view,) = kit.first.requests()
-    assert not view.movable
-    pair.finish(kit.first, request_id)
-
-
-def test_an_image_without_its_data_is_no_request(kit: VllmKit) -> None:
-    """What a front end sends that believes the engine to have the image already; vLLM would end with the step."""
-    request = image_front().request(RequestId("hash-only"), one_image(), params()())
-    request.mm_features[0].data = None
-    refusal = kit.first.add(submission_from(request))
-    assert refusal is not None and refusal.final and "without data" in refusal.reason
-
-
-def test_an_image_larger_than_the_encoder_cache_is_no_request(kit: VllmKit) -> None:
-    request = image_front().request(RequestId("large"), one_image(), params()())
-    cache = SimpleNamespace(cache_size=63)
-    scheduler = SimpleNamespace(encoder_cache_manager=cache, max_num_encoder_input_tokens=64)
-    assert "encoder cache of 63" in str(images.why_unservable(scheduler, request.mm_features))
-    cache.cache_size = 64
-    assert images.why_unservable(scheduler, request.mm_features) is None
-
-
-# ---- negative controls
-
-
-def test_control_another_image_says_something_else(kit: VllmKit, compare: Start) -> None:
-    tokens = {compare(kit, one_image()).undisturbed().tokens for _ in range(3)}
-    assert len(tokens) == 3
-
-
-@pytest.mark.parametrize("block", [1, 2])
-def test_control_a_block_of_the_image_that_is_not_copied_is_noticed(block: int, kit: VllmKit, compare: Start) -> None:
-    comparison = compare(kit, one_image())
-    assert FIRST_IMAGE.start < block * BLOCK + BLOCK and block * BLOCK < FIRST_IMAGE.stop
-    expected = comparison.undisturbed()
-    moved = comparison.migrated(hops=(20,), sabotage=Sabotage(blank=(0, block)))
-    assert differs(moved, expected) and moved.tokens[:20] == expected.tokens[:20]
-
-
-def test_control_a_tail_that_is_not_copied_is_noticed(kit: VllmKit, compare: Start) -> None:
-    comparison = compare(kit, one_image())
-    expected = comparison.undisturbed()
-    assert differs(comparison.migrated(hops=(20,), sabotage=Sabotage(skip_tail=True)), expected)
-
-
-@pytest.mark.parametrize(("num_steps", "matters"), [(1, True), (2, False)])
-def test_control_other_pixels_under_the_same_name_matter_before_the_image_is_computed(
-    num_steps: int, matters: bool, chunking: VllmKit, compare: Start
-) -> None:
-    """So the destination encodes what has travelled, and nothing that it has from elsewhere."""
-    comparison = compare(chunking, one_image())
-    expected = comparison.undisturbed()
-    request_id = step_to(comparison, num_steps)
-    comparison.pair.ferry(
-        request_id,
-        comparison.first,
-        comparison.second,
-        num_stages=1,
-        steps_between=0,
-        sabotage=Sabotage(alter_description=with_other_pixels),
-    )
-    comparison.pair.finish(comparison.second, request_id)
-    assert differs(comparison.seen(request_id), expected) is matters
-
-
-def with_other_pixels(description: Description) -> Description:
-    described = decode_described(description.payload)
-    request = decode_request(described.core)
-    assert request.mm_features is not None
-    (feature,) = request.mm_features
-    (other,) = image_front().request(RequestId("other"), one_image(), params()()).mm_features
-    assert feature.identifier != other.identifier
-    feature.data = other.data
-    altered = msgspec.structs.replace(described, core=encode_request(request))
-    return Description(
-        description.request_id,
-        encode_described(altered),
-        description.settled_tokens,
-        description.kv_fingerprint,
-        description.block_size,
-        description.num_preemptions,
-    )
-
-
-def differs(moved: Seen, expected: Seen) -> bool:
-    return (moved.tokens, moved.logprobs) != (expected.tokens, expected.logprobs)

@@ -29,6 +29,7 @@ from instance.types import RequestStatus
 from instance.vllm import handshake, speculation
 from instance.vllm.codec import decode_state, encode_state
 from migration.types import Description, RequestId
+from tests.support.cases import JSON
 from tests.support.guessing import NUM_GUESSES, Guessing, ProcessKit, flat, guessing_engines, repeating_prompt
 from tests.support.pair import Refused, Sabotage, Shape
 from tests.support.vllm_kit import prompt_of, submission_of
@@ -39,14 +40,6 @@ NUM_SLOTS = 4
 CHUNK = 288
 """Of a prompt, in one step."""
 PROMPT = 200
-JSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "minLength": 20, "maxLength": 40},
-        "values": {"type": "array", "items": {"type": "integer"}, "minItems": 6, "maxItems": 9},
-    },
-    "required": ["name", "values"],
-}
 
 
 def params(**values: object) -> Callable[[], SamplingParams]:
