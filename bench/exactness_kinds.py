@@ -14,6 +14,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from bench import exactness_grammars as grammars
 from bench.exactness_scenes import ADAPTERS, Scene
 from bench.models.make_chats import chat, render_chat, tool_chat
 from bench.models.make_text import plain_document
@@ -24,8 +25,6 @@ MIN_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS = 30, 70
 MAX_HOPS = 4
 LAST_HOP_SHARE = 0.7
 """Of a request's longest output: no hop is planned later."""
-NEW_REGEX_WORDS = 400
-"""As many take a while to compile."""
 
 
 class Found(Enum):
@@ -251,57 +250,6 @@ def _stop_strings(rng: Random, _: Vocabulary) -> dict[str, Any]:
     return {"stop": stops, "min_tokens": rng.randint(8, 25), "max_tokens": 70}
 
 
-# ---- grammars
-
-
-def _schema(rng: Random) -> dict[str, Any]:
-    least = rng.randint(12, 24)
-    return {
-        "json": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "minLength": least, "maxLength": least + 16},
-                "values": {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 6},
-            },
-            "required": ["name", "values"],
-        }
-    }
-
-
-def _regex(rng: Random) -> dict[str, Any]:
-    return {"regex": rf"([a-z]{{3,8}}-[0-9]{{2,{rng.randint(3, 5)}}};){{{rng.randint(4, 8)},40}}"}
-
-
-def _ebnf(rng: Random) -> dict[str, Any]:
-    joint = rng.choice((",", ";", "."))
-    return {"grammar": f'root ::= (item "{joint}")+ \nitem ::= [a-z]+ | "(" item ")"'}
-
-
-def _tool_call(rng: Random) -> dict[str, Any]:
-    """What vLLM makes of `tool_choice="required"`: a list of calls, each to one of the tools."""
-    tools = [
-        {
-            "properties": {
-                "name": {"type": "string", "enum": [name]},
-                "parameters": {
-                    "type": "object",
-                    "properties": {key: {"type": "string", "minLength": 6, "maxLength": rng.randint(12, 30)}},
-                    "required": [key],
-                },
-            },
-            "required": ["name", "parameters"],
-        }
-        for name, key in (("get_weather", "city"), ("get_time", "city"), ("get_age", "person"))
-    ]
-    return {"json": {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": tools}}}
-
-
-def _new_regex(rng: Random) -> dict[str, Any]:
-    """One that nobody has compiled yet."""
-    words = "|".join("".join(rng.choices("abcdefghij", k=rng.randint(3, 7))) for _ in range(NEW_REGEX_WORDS))
-    return {"regex": rf"(({words}) [0-9]{{1,4}}, ){{6,30}}"}
-
-
 # ---- the kinds
 
 GREEDY = fixed(logprobs=2)
@@ -330,19 +278,19 @@ KINDS: tuple[Kind, ...] = (
     Kind("logit_bias", _logit_bias),
     Kind("allowed ids", _allowed),
     Kind("bad words", _bad_words),
-    Kind("json schema", fixed(temperature=1.0, seed=0), grammar=_schema),
-    Kind("json schema, penalties", lambda rng, words: _penalties(rng, words, logprobs=1), grammar=_schema),
-    Kind("regex", fixed(temperature=1.0, seed=0), grammar=_regex),
-    Kind("ebnf", fixed(temperature=1.0, seed=0), grammar=_ebnf),
-    Kind("tool call", fixed(temperature=0.7, seed=0), grammar=_tool_call, text="tool"),
+    Kind("json schema", fixed(temperature=1.0, seed=0), grammar=grammars.schema),
+    Kind("json schema, penalties", lambda rng, words: _penalties(rng, words, logprobs=1), grammar=grammars.schema),
+    Kind("regex", fixed(temperature=1.0, seed=0), grammar=grammars.regex),
+    Kind("ebnf", fixed(temperature=1.0, seed=0), grammar=grammars.ebnf),
+    Kind("tool call", fixed(temperature=0.7, seed=0), grammar=grammars.tool_call, text="tool"),
     Kind("stop strings", _stop_strings, compared=Compared.TEXT),
     Kind("n = 2, seeded", fixed(n=2, temperature=1.0, seed=0), compared=Compared.TEXT, text="chat"),
     Kind("cached at the source", GREEDY, found=Found.CACHED_HERE, prompt_tokens=LONG),
     Kind("cached at the destination", SEEDED, found=Found.CACHED_THERE, prompt_tokens=LONG),
     Kind("re-prefill", GREEDY, compared=Compared.BUT_LOGPROBS, modes=AGAIN),
     Kind("re-prefill, seeded", SEEDED, compared=Compared.BUT_LOGPROBS, modes=AGAIN),
-    Kind("re-prefill, regex", SEEDED, compared=Compared.BUT_LOGPROBS, modes=AGAIN, grammar=_regex),
-    Kind("waiting for its grammar", SEEDED, found=Found.UNCOMPILED, grammar=_new_regex),
+    Kind("re-prefill, regex", SEEDED, compared=Compared.BUT_LOGPROBS, modes=AGAIN, grammar=grammars.regex),
+    Kind("waiting for its grammar", SEEDED, found=Found.UNCOMPILED, grammar=grammars.new_regex),
     Kind("half computed", GREEDY, CHUNKED, Found.HALF_COMPUTED, prompt_tokens=LONGEST, modes=AT_ONCE_MODES),
     Kind(
         "half computed, penalties", _penalties, CHUNKED, Found.HALF_COMPUTED, prompt_tokens=LONGEST, modes=AT_ONCE_MODES
@@ -354,42 +302,42 @@ KINDS: tuple[Kind, ...] = (
         Found.HALF_COMPUTED,
         prompt_tokens=LONGEST,
         modes=AT_ONCE_MODES,
-        grammar=_regex,
+        grammar=grammars.regex,
     ),
     Kind("waiting", GREEDY, TIGHT, Found.WAITING, prompt_tokens=CROWD),
     Kind("waiting, seeded", SEEDED, TIGHT, Found.WAITING, prompt_tokens=CROWD),
     Kind("preempted", GREEDY, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD),
     Kind("preempted, seeded", SEEDED, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD),
     Kind("preempted, penalties", _penalties, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD),
-    Kind("preempted, regex", SEEDED, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD, grammar=_regex),
+    Kind("preempted, regex", SEEDED, TIGHT, Found.PREEMPTED, prompt_tokens=CROWD, grammar=grammars.regex),
     Kind("adapter", GREEDY, ADAPTED, adapters=ADAPTERS),
     Kind("adapter, seeded", SEEDED, ADAPTED, adapters=ADAPTERS),
     Kind("adapter, penalties", _penalties, ADAPTED, adapters=ADAPTERS),
-    Kind("adapter, regex", SEEDED, ADAPTED, grammar=_regex, adapters=ADAPTERS),
+    Kind("adapter, regex", SEEDED, ADAPTED, grammar=grammars.regex, adapters=ADAPTERS),
     Kind("adapter, cached there", GREEDY, ADAPTED, Found.CACHED_THERE, prompt_tokens=LONG, adapters=ADAPTERS),
     Kind("windows", GREEDY, WINDOWED),
     Kind("windows, seeded", SEEDED, WINDOWED),
     Kind("windows, penalties", _seeded_penalties, WINDOWED),
-    Kind("windows, regex", SEEDED, WINDOWED, grammar=_regex),
+    Kind("windows, regex", SEEDED, WINDOWED, grammar=grammars.regex),
     Kind("windows, cached at the source", SEEDED, WINDOWED, Found.CACHED_HERE, prompt_tokens=LONG),
     Kind("windows, cached at the destination", GREEDY, WINDOWED, Found.CACHED_THERE, prompt_tokens=LONG),
     Kind("guessed", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS),
     Kind("guessed, penalties", _penalties, GUESSED, compared=Compared.BUT_LOGPROBS),
-    Kind("guessed, json schema", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS, grammar=_schema),
+    Kind("guessed, json schema", GREEDY, GUESSED, compared=Compared.BUT_LOGPROBS, grammar=grammars.schema),
     Kind("asynchronous", GREEDY, ASYNCHRONOUS),
     Kind("asynchronous, seeded", SEEDED, ASYNCHRONOUS),
     Kind("asynchronous, penalties", _seeded_penalties, ASYNCHRONOUS),
     Kind("asynchronous, stop ids", _stop_ids, ASYNCHRONOUS),
-    Kind("asynchronous, regex", SEEDED, ASYNCHRONOUS, grammar=_regex),
+    Kind("asynchronous, regex", SEEDED, ASYNCHRONOUS, grammar=grammars.regex),
     Kind("asynchronous, cached there", GREEDY, ASYNCHRONOUS, Found.CACHED_THERE, prompt_tokens=LONG),
-    Kind("asynchronous, waiting for its grammar", SEEDED, ASYNCHRONOUS, Found.UNCOMPILED, grammar=_new_regex),
+    Kind("asynchronous, waiting for its grammar", SEEDED, ASYNCHRONOUS, Found.UNCOMPILED, grammar=grammars.new_regex),
     Kind("images", GREEDY, PICTURED, compared=Compared.BUT_LOGPROBS, max_pictures=2),
     Kind("images, seeded", SEEDED, PICTURED, compared=Compared.BUT_LOGPROBS, max_pictures=2),
     Kind("images, penalties", _seeded_penalties, PICTURED, compared=Compared.BUT_LOGPROBS, max_pictures=2),
     Kind("two ranks", GREEDY, RANKS),
     Kind("two ranks, seeded", SEEDED, RANKS),
     Kind("two ranks, penalties", _penalties, RANKS),
-    Kind("two ranks, regex", SEEDED, RANKS, grammar=_regex),
+    Kind("two ranks, regex", SEEDED, RANKS, grammar=grammars.regex),
 )
 BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 

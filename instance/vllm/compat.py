@@ -40,9 +40,11 @@ _NEEDED = (
             "_holds_kv_blocks",
             "_enqueue_waiting_request",
             "_inflight_prefill_reserved_blocks",
+            "_free_request",
         ),
         (
             ("finish_requests", ("request_ids", "finished_status")),
+            ("update_from_output", ("scheduler_output", "model_runner_output")),
             ("_preempt_request", ("request", "timestamp", "drop_stale_output")),
             ("_reserve_prefill_lookahead", ("request", "num_computed_tokens", "num_new_tokens")),
         ),

@@ -35,7 +35,7 @@ from instance.vllm.codec import (
 from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
 from instance.vllm.rank import Carriage, Rank, RemoteRank
-from instance.vllm.refusals import why_not_here, why_too_large, why_unmovable
+from instance.vllm.refusals import is_in_flight, why_not_here, why_too_large, why_unmovable
 from instance.vllm.scheduler import Rest, is_seeded
 from instance.vllm.start import start_core
 from instance.vllm.views import load_of, view_of
@@ -111,6 +111,8 @@ class VllmEngine:
             return None
         if any(incoming.request.request_id == submission.request_id for incoming in self._incoming.values()):
             return EngineRefusal("the request is on its way here from another instance", final=False)
+        if is_in_flight(self._scheduler, submission.request_id):
+            return EngineRefusal("a step of its last stay here is in flight", final=False)
         try:
             core_request = decode_request(submission.payload)
         except CodecError as error:
@@ -222,6 +224,7 @@ class VllmEngine:
         scheduler = self._scheduler
         if self._facts.migration_refused_because is not None:
             return NotStopped.UNMOVABLE
+        scheduler.ferry_returning.discard(request_id)
         if request_id not in scheduler.ferry_out:
             request = self._find(request_id)
             if request is None:

@@ -25,6 +25,7 @@ def why_unmovable(request: Request, images_refused: str | None = None, num_guess
     is_prefilling = 0 < request.num_computed_tokens < request.num_prompt_tokens
     # Its logprobs so far are the runner's, which keeps them over a preemption.
     is_prefilling |= request.status == RequestStatus.PREEMPTED and not request.num_output_tokens
+    asks_prompt_logprobs = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
     facts = (
         (request.resumable, "it is a streaming session"),
         (request.kv_transfer_params is not None, "its KV is moved by a KV connector"),
@@ -33,7 +34,7 @@ def why_unmovable(request: Request, images_refused: str | None = None, num_guess
         (request.prompt_embeds is not None, "its prompt is embeddings"),
         (request.prompt_token_ids is None, "it has no prompt tokens"),
         (_is_loaded_anew(request), "its LoRA adapter is loaded anew with every step"),
-        (params.prompt_logprobs is not None and is_prefilling, "its prompt logprobs are not complete yet"),
+        (asks_prompt_logprobs and is_prefilling, "its prompt logprobs are not complete yet"),
         (params.thinking_token_budget is not None, "its thinking is budgeted, which no test has moved yet"),
     )
     reason = next((reason for is_so, reason in facts if is_so), None) or speculation.why_unmovable(request, num_guesses)
@@ -59,8 +60,16 @@ def why_not_here(facts: EngineFacts, scheduler: Any, description: Description) -
         (description.block_size != facts.block_size, "its blocks have another size"),
         (request_id in scheduler.requests, "the request is here already"),
         (request_id in getattr(scheduler, "ferry_in", ()), "the request is on its way here already"),
+        (is_in_flight(scheduler, request_id), "a step of its last stay here is in flight"),
     )
     return next((reason for is_so, reason in reasons if is_so), None)
+
+
+def is_in_flight(scheduler: Any, request_id: str) -> bool:
+    """Whether a step of it is in flight though it has gone (aborted): vLLM gives outputs to whoever has the id then."""
+    if request_id in scheduler.requests or not hasattr(scheduler, "ferry_steps"):
+        return False
+    return bool(scheduler.ferry_steps.holds(request_id))
 
 
 def _is_loaded_anew(request: Request) -> bool:

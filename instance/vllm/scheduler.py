@@ -22,8 +22,10 @@ from vllm.v1.request import Request, RequestStatus
 from instance.vllm import blocks, images, speculation
 from instance.vllm.blocks import NoRoom
 from instance.vllm.codec import PREFILL_FIELDS, STATE_VERSION, RequestState
+from instance.vllm.in_flight import StepsInFlight
 
 V2_MAX_STOP_TOKEN_IDS = 128
+V2_MAX_BIASED_TOKEN_IDS = 1024
 """vLLM's V2 runner dies of a request with min_tokens and more stop token ids than this."""
 
 _STILL_WAITING = (
@@ -56,6 +58,9 @@ class FerryMixin:
         """Taken out of every queue; blocks still held."""
         self.ferry_in: dict[str, Request] = {}
         """Holding blocks, in no queue and not in `requests`."""
+        self.ferry_returning: set[str] = set()
+        """Of `ferry_out`: resumed while a step of them was in flight; they go back to a queue once it is not."""
+        self.ferry_steps = StepsInFlight()
         self.ferry_num_preemptions = 0
         self.ferry_last_step = (0, 0)
         """(tokens scheduled, requests that decoded) by the last step."""
@@ -77,13 +82,32 @@ class FerryMixin:
             request.status = RequestStatus.RUNNING
             self.running.append(request)
         parent: Any = super()
+        holding = {request.request_id for request in self.kv_holding_waiting}
         output = parent.schedule(throttle_prefills)
+        begun = {request.req_id for request in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        self.ferry_steps.scheduled(output, begun - holding)  # what held blocks brought its own KV
         num_decoding = 0
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             num_decoding += request.num_computed_tokens - num_tokens >= request.num_prompt_tokens
         self.ferry_last_step = (output.total_num_scheduled_tokens, num_decoding)
         return output
+
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        parent: Any = super()
+        outputs = parent.update_from_output(scheduler_output, model_runner_output)
+        self.ferry_steps.processed(scheduler_output)
+        for request_id in tuple(self.ferry_returning):
+            if self.ferry_rest(request_id) is Rest.QUIET:
+                self.ferry_thaw(request_id)
+        return outputs
+
+    def _free_request(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """It has finished, perhaps by the token that was in flight when it was stopped."""
+        parent: Any = super()
+        self.ferry_out.pop(request.request_id, None)
+        self.ferry_returning.discard(request.request_id)
+        return parent._free_request(request, *args, **kwargs)
 
     def _reserve_prefill_lookahead(self: Any, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM asks this last of all before it takes a request into the step, and leaves the request out at 0.
@@ -103,13 +127,6 @@ class FerryMixin:
         parent._preempt_request(request, timestamp, drop_stale_output)
         self.ferry_num_preemptions += 1
 
-    def finish_requests(self: Any, request_ids: Any, finished_status: RequestStatus) -> Any:
-        parent: Any = super()
-        finished = parent.finish_requests(request_ids, finished_status)
-        for request in finished:
-            self.ferry_out.pop(request.request_id, None)
-        return finished
-
     # ---- admission
     def ferry_why_unservable(self: Any, request: Request) -> str | None:
         """One line that says why this engine could never run this request, or None. Keeps vLLM's fatal faults away."""
@@ -128,8 +145,8 @@ class FerryMixin:
         guessing = speculation.why_unservable(params, self.num_spec_tokens, is_cpu=current_platform.is_cpu())
         if guessing is not None:
             return guessing
-        if self.use_v2_model_runner and params.min_tokens and len(params.all_stop_token_ids) > V2_MAX_STOP_TOKEN_IDS:
-            return f"min_tokens with more than {V2_MAX_STOP_TOKEN_IDS} stop token ids"
+        if self.use_v2_model_runner and (reason := _why_too_many(params)) is not None:
+            return reason
         if self._ferry_whole_seeded_prefills and is_seeded(request):
             room = self.max_num_scheduled_tokens
             if threshold := self.scheduler_config.long_prefill_token_threshold:  # vLLM cuts beside others only
@@ -150,7 +167,9 @@ class FerryMixin:
         return None if request is None or request.is_finished() else request
 
     def ferry_settled(self: Any, request: Request) -> int:
-        """Tokens whose KV is written and can no longer change."""
+        """Tokens whose KV is written and can no longer change. What was found in the cache may be on its way still."""
+        if self.ferry_steps.admits(request.request_id):
+            return 0
         return int(max(0, request.num_computed_tokens - request.num_in_flight_tokens))
 
     def ferry_freeze(self: Any, request: Request) -> None:
@@ -173,6 +192,7 @@ class FerryMixin:
         request = self.ferry_out[request_id]
         if self.ferry_find(request_id) is not request:
             del self.ferry_out[request_id]
+            self.ferry_returning.discard(request_id)
             return Rest.GONE
         return Rest.IN_FLIGHT if request.num_in_flight_tokens or request.num_output_placeholders else Rest.QUIET
 
@@ -194,20 +214,33 @@ class FerryMixin:
         )
 
     def ferry_thaw(self: Any, request_id: str) -> None:
-        """Put it back. Its slot may have been given away: then it waits for one, keeping its KV."""
-        request = self.ferry_out.pop(request_id, None)
-        if request is None or request.is_finished():
+        """Put it back. Its slot may have been given away: then it waits for one, keeping its KV; and where a step of it
+        is in flight, until that is done, since vLLM has counted its token already."""
+        request = self.ferry_out.get(request_id)
+        if request is None or self.ferry_rest(request_id) is Rest.GONE:
             return
         if request.status == RequestStatus.RUNNING:
-            if not self.use_v2_model_runner and self._ferry_fits_into_running(request):
+            knows_runner = not self.use_v2_model_runner or request_id in self.reset_preempted_req_ids
+            if knows_runner and self._ferry_fits_into_running(request):
+                self.reset_preempted_req_ids.discard(request_id)
+                self._ferry_leave_out(request_id)
                 self.running.append(request)
                 return
+            if self.ferry_rest(request_id) is Rest.IN_FLIGHT:
+                self.ferry_returning.add(request_id)
+                return
             request.status = RequestStatus.PREEMPTED
+            self.prev_step_scheduled_req_ids.discard(request_id)  # as in `ferry_commit`
+        self._ferry_leave_out(request_id)
         (self.kv_holding_waiting if self._holds_kv_blocks(request) else self.waiting).prepend_request(request)
+
+    def _ferry_leave_out(self: Any, request_id: str) -> None:
+        self.ferry_out.pop(request_id, None)
+        self.ferry_returning.discard(request_id)
 
     def ferry_release(self: Any, request_id: str) -> None:
         """The destination owns it: free it here; vLLM puts out nothing for a request that is finished from outside."""
-        self.ferry_out.pop(request_id, None)
+        self._ferry_leave_out(request_id)
         self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     # ---- destination
@@ -216,13 +249,9 @@ class FerryMixin:
 
         Raises `NoRoom`.
         """
-        coming = [*self.running, *self.kv_holding_waiting, *self.ferry_in.values()]
-        if settled_tokens and len(coming) >= self.max_num_active_reqs:
-            raise NoRoom(f"all {self.max_num_active_reqs} sequence slots are taken")
-        if settled_tokens and not self._ferry_has_adapter_slot(request, coming):
-            raise NoRoom(f"all {self.lora_config.max_loras} LoRA adapter slots are taken")
         hit = 0
         if settled_tokens:
+            self._ferry_check_slots(request)
             kept_free = self._inflight_prefill_reserved_blocks()
             hit = blocks.hold(self.kv_cache_manager, request, settled_tokens, kept_free)
             size = self.block_size
@@ -232,6 +261,15 @@ class FerryMixin:
                 blocks.grow(self.kv_cache_manager, request.request_id, with_slack, kept_free)
         self.ferry_in[request.request_id] = request
         return hit
+
+    def _ferry_check_slots(self: Any, request: Request) -> None:
+        """Raises `NoRoom` where a request that brings KV would have to wait with it."""
+        others = [other for other in self.ferry_in.values() if other is not request]
+        coming = [*self.running, *self.kv_holding_waiting, *others]
+        if len(coming) >= self.max_num_active_reqs:
+            raise NoRoom(f"all {self.max_num_active_reqs} sequence slots are taken")
+        if not self._ferry_has_adapter_slot(request, coming):
+            raise NoRoom(f"all {self.lora_config.max_loras} LoRA adapter slots are taken")
 
     def _ferry_fits_into_running(self: Any, request: Request) -> bool:
         has_slot = len(self.running) < self.max_num_active_reqs
@@ -246,6 +284,8 @@ class FerryMixin:
 
     def ferry_grow(self: Any, request_id: str, num_tokens: int) -> None:
         """Hold blocks for `num_tokens`, or for the whole context if it is less. Raises `NoRoom`, with all as it was."""
+        if not blocks.held_by(self.kv_cache_manager, (request_id,)):
+            self._ferry_check_slots(self.ferry_in[request_id])  # it had not begun when blocks were reserved for it
         num_tokens = min(num_tokens, self.max_model_len)  # the slack a source asks for may reach beyond its end
         blocks.grow(self.kv_cache_manager, request_id, num_tokens, self._inflight_prefill_reserved_blocks())
 
@@ -305,6 +345,7 @@ class FerryMixin:
         blocks.check_counts(self.kv_cache_manager, owners, self.deferred_frees)
         images.check_references(self, set(self.requests))
         assert not self.ferry_in.keys() & self.requests.keys()
+        assert self.ferry_returning <= self.ferry_out.keys()
         places = Counter(request.request_id for request in self.running)
         places.update(request.request_id for queue in (self.waiting, self.kv_holding_waiting) for request in queue)
         places.update(self.ferry_out.keys())
@@ -313,6 +354,16 @@ class FerryMixin:
         assert all(count == 1 for count in places.values()), f"in two places: {places}"
         assert all(request.status == RequestStatus.RUNNING for request in self.running)
         assert len(self.running) <= self.max_num_running_reqs
+
+
+def _why_too_many(params: Any) -> str | None:
+    """The V2 runner's arrays: more ends the engine."""
+    if params.min_tokens and len(params.all_stop_token_ids) > V2_MAX_STOP_TOKEN_IDS:
+        return f"min_tokens with more than {V2_MAX_STOP_TOKEN_IDS} stop token ids"
+    for name in ("allowed_token_ids", "logit_bias"):
+        if len(getattr(params, name) or ()) > V2_MAX_BIASED_TOKEN_IDS:
+            return f"{name} with more than {V2_MAX_BIASED_TOKEN_IDS} token ids"
+    return None
 
 
 class FerryScheduler(FerryMixin, Scheduler):

@@ -28,7 +28,7 @@ from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.relay import Owner, OwnerMoved, Relay
 from orchestrator.gateway.types import Deliver, Effect, Fail, Flight, Forget, Outgoing, RouterCounts, RouterParams, Send
-from orchestrator.policy.dispatch import ClusterView, DispatchBook, NoChoice, choose_instance, demand_blocks
+from orchestrator.policy.dispatch import ClusterView, DispatchBook, NoChoice, demand_blocks
 
 
 class Router:
@@ -39,7 +39,7 @@ class Router:
         self._params = params
         self.counts = RouterCounts()
         self.relay = Relay()
-        self._book = DispatchBook()
+        self._book = DispatchBook(params.dispatch)
         self._members: dict[InstanceId, Incarnation] = {}
         self._heard_s: dict[InstanceId, float] = {}
         self._lost: OrderedDict[Owner, None] = OrderedDict()
@@ -61,7 +61,7 @@ class Router:
 
     def why_nobody_serves(self, now_s: float) -> str | None:
         """None: at least one instance serves and has said so lately."""
-        choice = choose_instance(self.view(now_s), 0, self._params.dispatch)
+        choice = self._book.choose(0, now_s)
         return choice.reason if isinstance(choice, NoChoice) else None
 
     @property
@@ -317,9 +317,8 @@ class Router:
     # ---- parts
     def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
         request = flight.request
-        view = self.view(now_s)
-        demand = demand_blocks(request.num_prompt_tokens, view)
-        choice = choose_instance(view, demand, self._params.dispatch, flight.refused_by)
+        demand = demand_blocks(request.num_prompt_tokens, self._book.block_size)
+        choice = self._book.choose(demand, now_s, flight.refused_by)
         if isinstance(choice, NoChoice):
             return self._wait(flight, choice.reason)
         member = self._members[choice.instance]

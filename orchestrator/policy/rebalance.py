@@ -8,6 +8,10 @@ blocked head of the queue makes freeness negative, hence its instance a source: 
 
 from __future__ import annotations
 
+import bisect
+import heapq
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from instance.messages import LoadReport, RequestLoad
@@ -31,6 +35,9 @@ class RebalanceParams:
     """After a refusal this source asks this destination no more for so long."""
     max_moves: int = 8
     """Moves proposed in one tick."""
+    max_destinations: int = 8
+    """The freest ones that a source is compared with. It bounds the work of a tick in a large fleet; where none of so
+    many takes a request, the next ones are less free still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,7 @@ class Resting:
     pairs: frozenset[tuple[InstanceId, InstanceId]] = frozenset()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Side:
     """An instance while the plan is made: its view and what the moves planned so far make of it."""
 
@@ -49,75 +56,119 @@ class _Side:
     load: LoadReport
     slots_out: int
     slots_in: int
-    is_exhausted: bool = False
-    """As a source it has nothing more to propose in this tick."""
+    steps: float
+    """Its freeness now, in decode steps."""
 
-    @property
-    def freeness_steps(self) -> float:
-        return freeness_steps(self.load)
+
+_Filed = tuple[float, InstanceId, _Side]
+"""Names differ, so that sides are never compared."""
+
+
+def _as_source(side: _Side) -> _Filed:
+    return (side.steps, side.view.instance, side)
+
+
+def _as_destination(side: _Side) -> _Filed:
+    return (-side.steps, side.view.instance, side)
+
+
+class _Plan:
+    """A plan while it is made: who is short and who is not, each in order, and nobody looked at twice without cause."""
+
+    def __init__(self, views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> None:
+        self._resting = resting
+        self._params = params
+        self._taken: set[RequestId] = set(resting.requests)
+        sides = [
+            _Side(view, view.load, view.slots_out, view.slots_in, freeness_steps(view.load))
+            for view in views
+            if not view.draining
+        ]
+        self._sources = [_as_source(side) for side in sides if self._is_source(side)]
+        """A heap, the least free first."""
+        heapq.heapify(self._sources)
+        self._destinations = sorted(_as_destination(side) for side in sides if self._is_destination(side))
+        """The freest first."""
+
+    def moves(self) -> tuple[Move, ...]:
+        moves: list[Move] = []
+        while len(moves) < self._params.max_moves and self._sources and self._destinations:
+            _, _, source = heapq.heappop(self._sources)
+            if -self._destinations[0][0] - source.steps <= self._params.margin_steps:
+                break  # nobody is free enough for it, nor for those behind it, which are freer than it is
+            found = self._best(source)
+            if found is None:
+                continue  # as a source it has nothing more to propose in this tick
+            destination, request, gain = found
+            moves.append(self._book(source, destination, request, gain))
+        return tuple(moves)
+
+    def _is_source(self, side: _Side) -> bool:
+        """Short of memory; an instance that does not serve is neither."""
+        return side.slots_out > 0 and -math.inf < side.steps < self._params.threshold_steps
+
+    def _is_destination(self, side: _Side) -> bool:
+        return side.slots_in > 0 and side.steps >= self._params.threshold_steps
+
+    def _best(self, source: _Side) -> tuple[_Side, RequestLoad, _Gain] | None:
+        """The first request, in the order of the rule, that pays at the freest destination where one does."""
+        movable = [
+            request
+            for request in source.view.requests
+            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in self._taken
+        ]
+        smallest = min((request.num_blocks for request in movable), default=None)
+        if smallest is None:
+            return None
+        candidates: list[RequestLoad] | None = None
+        for destination in self._asked(source):
+            # The larger a request, the less free is the destination after it, and the freer the source: where the
+            # smallest does not pay, none does.
+            if not _may_pay(source.load, destination.load, smallest, self._params.margin_steps):
+                continue
+            candidates = candidates or sorted(movable, key=_order)
+            for request in candidates:
+                gain = _gain(source, destination, request, self._params)
+                if gain is not None:
+                    return destination, request, gain
+        return None
+
+    def _asked(self, source: _Side) -> Iterator[_Side]:
+        num_asked = 0
+        for minus_steps, name, destination in self._destinations:
+            if -minus_steps - source.steps <= self._params.margin_steps:
+                return
+            if (source.view.instance, name) in self._resting.pairs:
+                continue
+            num_asked += 1
+            if num_asked > self._params.max_destinations:
+                return
+            yield destination
+
+    def _book(self, source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
+        """Count the move as made: both sides stand elsewhere now."""
+        del self._destinations[bisect.bisect_left(self._destinations, _as_destination(destination))]
+        source.load = after_leaving(source.load, request.priority, request.num_blocks)
+        source.slots_out -= 1
+        destination.load = after_joining(destination.load, request.priority, request.num_blocks)
+        destination.slots_in -= 1
+        for side in (source, destination):
+            side.steps = freeness_steps(side.load)
+            if self._is_source(side):
+                heapq.heappush(self._sources, _as_source(side))
+            elif self._is_destination(side):
+                bisect.insort(self._destinations, _as_destination(side))
+        self._taken.add(RequestId(request.request_id))
+        return _move(source, destination, request, gain)
 
 
 def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
-    """Moves for this tick, in the order found. The same views give the same plan, in whatever order they come."""
-    sides = [
-        _Side(view, view.load, view.slots_out, view.slots_in)
-        for view in sorted(views, key=lambda view: view.instance)
-        if not view.draining
-    ]
-    taken: set[RequestId] = set(resting.requests)
-    moves: list[Move] = []
-    while len(moves) < params.max_moves:
-        source = _next_source(sides, params)
-        if source is None:
-            break
-        move = _best_move(source, sides, taken, resting, params)
-        if move is None:
-            source.is_exhausted = True
-            continue
-        moves.append(move)
-        taken.add(move.request_id)
-    return tuple(moves)
+    """Moves for this tick, in the order found. The same views give the same plan, in whatever order they come.
 
-
-def _next_source(sides: list[_Side], params: RebalanceParams) -> _Side | None:
-    """The least free instance that is short of memory and may still send."""
-    short = (
-        side
-        for side in sides
-        if not side.is_exhausted and side.slots_out > 0 and side.freeness_steps < params.threshold_steps
-    )
-    return min(short, key=lambda side: (side.freeness_steps, side.view.instance), default=None)
-
-
-def _best_move(
-    source: _Side, sides: list[_Side], taken: set[RequestId], resting: Resting, params: RebalanceParams
-) -> Move | None:
-    """The first request, in the order of the rule, that pays at the freest destination; books the move."""
-    destinations = sorted(
-        (
-            side
-            for side in sides
-            if side is not source
-            and side.slots_in > 0
-            and side.freeness_steps >= params.threshold_steps
-            and (source.view.instance, side.view.instance) not in resting.pairs
-        ),
-        key=lambda side: (-side.freeness_steps, side.view.instance),
-    )
-    candidates = sorted(
-        (
-            request
-            for request in source.view.requests
-            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in taken
-        ),
-        key=_order,
-    )
-    for destination in destinations:
-        for request in candidates:
-            gain = _gain(source, destination, request, params)
-            if gain is not None:
-                return _book(source, destination, request, gain)
-    return None
+    Work: one look at each instance, and for each that is short at most one look at each of its requests and at
+    `max_destinations` others; tests/support/slow_rebalance.py is the same rule without these short cuts.
+    """
+    return _Plan(views, resting, params).moves()
 
 
 def _order(request: RequestLoad) -> tuple[int, int, str]:
@@ -138,9 +189,9 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
     if request.num_blocks > destination.load.free_blocks:
         return None
     gain = _Gain(
-        source_before=source.freeness_steps,
+        source_before=source.steps,
         source_after=freeness_steps(after_leaving(source.load, request.priority, request.num_blocks)),
-        destination_before=destination.freeness_steps,
+        destination_before=destination.steps,
         destination_after=freeness_steps(after_joining(destination.load, request.priority, request.num_blocks)),
     )
     pays = (
@@ -151,11 +202,16 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
     return gain if pays else None
 
 
-def _book(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
-    source.load = after_leaving(source.load, request.priority, request.num_blocks)
-    source.slots_out -= 1
-    destination.load = after_joining(destination.load, request.priority, request.num_blocks)
-    destination.slots_in -= 1
+def _may_pay(source: LoadReport, destination: LoadReport, num_blocks: int, margin_steps: float) -> bool:
+    """Whether the destination has room and would be freer than the source, after a request of that size had moved."""
+    if num_blocks > destination.free_blocks:
+        return False
+    # A priority's headroom is not counted by `freeness_steps`, so that any priority does here.
+    after = freeness_steps(after_joining(destination, 0, num_blocks))
+    return after - freeness_steps(after_leaving(source, 0, num_blocks)) > margin_steps
+
+
+def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
     blocked = source.view.load.head_of_line_blocks > source.view.load.free_blocks
     return Move(
         request_id=RequestId(request.request_id),

@@ -10,7 +10,8 @@ import pytest
 
 TARGETS = {
     "help", "setup", "demo", "test", "check", "test-all", "sim", "golden", "exhaustive", "compat", "proto", "diagrams",
-    "bench", "test-gpu", "clean",
+    "bench", "test-gpu",
+    "test-v2", "clean",
 }  # fmt: skip
 
 

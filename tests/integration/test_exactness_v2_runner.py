@@ -15,12 +15,13 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from instance.vllm import handshake
+from migration.types import RequestId
 from tests.support import v2_engine
-from tests.support.cases import CASES
+from tests.support.cases import CASES, params
 from tests.support.engine_process import EngineProcess
 from tests.support.exactness import Comparison
 from tests.support.exactness_suite import Compare, MovesExactly
-from tests.support.vllm_kit import VllmKit, engine_argv
+from tests.support.vllm_kit import VllmKit, engine_argv, prompt_of, submission_of
 
 pytestmark = [
     pytest.mark.long,
@@ -76,3 +77,12 @@ class TestV2Runner(MovesExactly):
 
     def test_a_seeded_half_computed_prompt_moves(self, compare: Compare, chunk: int) -> None:
         self.test_a_half_computed_prompt_moves("penalties, seeded", compare, chunk)
+
+    @pytest.mark.parametrize(
+        "lists", [{"allowed_token_ids": [5] * 1025}, {"logit_bias": dict.fromkeys(range(1025), 1.0)}]
+    )
+    def test_more_token_ids_than_its_arrays_hold_are_refused(self, lists: dict[str, Any], kit: VllmKit) -> None:
+        """They would end the engine."""
+        submission = submission_of(RequestId("too-many"), prompt_of(1, 20), params(**lists)())
+        refusal = kit.first.add(submission)
+        assert refusal is not None and refusal.final and "more than 1024" in refusal.reason

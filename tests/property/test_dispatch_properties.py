@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, choose_instance
+from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice
+from orchestrator.policy.load import LoadParams
+from tests.support.idle_report import report
+from tests.support.slow_dispatch import choose_instance
 
 PARAMS = DispatchParams()
+NUM_VIEWS = 10_000
+WITH_HEADROOM = DispatchParams(load=LoadParams(headroom_blocks=((-1, 20), (3, 7))))
 
 
 @st.composite
@@ -30,7 +37,7 @@ def reports(draw: st.DrawFn, name: str = "a") -> LoadReport:
         reserved_blocks=draw(st.integers(0, total - free)),
         num_running=draw(st.integers(0, 20)),
         num_waiting=0,
-        running_by_priority=(),
+        running_by_priority=tuple(draw(st.dictionaries(st.integers(-2, 4), st.integers(0, 5), max_size=3)).items()),
         head_of_line_blocks=head,
         waiting_blocks=head + draw(st.integers(0, 50)),
         step_time_s=0.0,
@@ -53,8 +60,9 @@ def test_only_serving_fresh_instances_that_are_not_excluded_are_chosen(data: st.
     names = data.draw(st.lists(st.sampled_from("abcdef"), unique=True))
     book = book_of(*[data.draw(reports(name)) for name in names])
     excluded = {InstanceId(name) for name in data.draw(st.sets(st.sampled_from("abcdef")))}
-    view = book.view(data.draw(st.floats(0.0, 6.0)))
-    choice = choose_instance(view, data.draw(st.integers(0, 300)), PARAMS, excluded)
+    now_s = data.draw(st.floats(0.0, 6.0))
+    view = book.view(now_s)
+    choice = book.choose(data.draw(st.integers(0, 300)), now_s, excluded)
     eligible = {
         seen.instance
         for seen in view.instances
@@ -73,8 +81,8 @@ def test_the_same_view_gives_the_same_plan_in_whatever_order_it_came(data: st.Da
     all_reports = [data.draw(reports(name)) for name in names]
     shuffled = data.draw(st.permutations(all_reports))
     demand = data.draw(st.integers(0, 300))
-    first = choose_instance(book_of(*all_reports).view(0.0), demand, PARAMS)
-    assert first == choose_instance(book_of(*shuffled).view(0.0), demand, PARAMS)
+    first = book_of(*all_reports).choose(demand, 0.0)
+    assert first == book_of(*shuffled).choose(demand, 0.0)
 
 
 @given(reports(), st.integers(1, 5), st.integers(1, 60), st.integers(0, 80))
@@ -88,7 +96,7 @@ def test_a_burst_of_equal_requests_spreads_within_one_over_equal_instances(
     book = book_of(*equals)
     counts = Counter({InstanceId(one.instance): 0 for one in equals})
     for _ in range(num_requests):
-        choice = choose_instance(book.view(0.0), demand, PARAMS)
+        choice = book.choose(demand, 0.0)
         if like.state != "serving":
             assert not isinstance(choice, Choice)
             return
@@ -103,6 +111,72 @@ def test_a_burst_of_equal_requests_spreads_within_one_over_equal_instances(
 def test_without_the_accounting_a_burst_herds_on_one_instance(like: LoadReport, num_requests: int, demand: int) -> None:
     """The negative control of the spread."""
     twin = LoadReport(**{field: getattr(like, field) for field in like.__struct_fields__} | {"instance": "b"})
-    view = book_of(like, twin).view(0.0)
-    choices = {choose_instance(view, demand, PARAMS) for _ in range(num_requests)}
+    book = book_of(like, twin)
+    choices = {book.choose(demand, 0.0) for _ in range(num_requests)}
     assert len(choices) == 1
+
+
+def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:
+    """Members come, go and restart, report, get requests, refuse them; time passes. After each of these both agree.
+    Not hypothesis: it takes a minute to draw so many."""
+    rng = random.Random(20261121)
+    num_choices = 0
+    for params in (PARAMS, WITH_HEADROOM):
+        book = DispatchBook(params, max_unseen=4, unseen_for_s=5.0)
+        epochs: dict[InstanceId, int] = {}
+        now_s = 0.0
+        for _ in range(NUM_VIEWS // 2):
+            name = InstanceId(rng.choice("abcdef"))
+            match rng.choices(["report", "dispatch", "refuse", "wait", "members"], [8, 8, 2, 2, 1])[0]:
+                case "report":
+                    book.on_report(random_report(rng, name, epochs.get(name, 0)), now_s)
+                case "dispatch" if name in epochs:
+                    book.on_dispatched(name, rng.randint(0, 60), now_s)
+                case "refuse":
+                    book.on_not_taken(name, Epoch(epochs.get(name, 0)), rng.randint(1, 40))
+                case "members":
+                    epochs = {known: epoch for known, epoch in epochs.items() if rng.random() < 0.9}
+                    epochs[name] = epochs.get(name, 0) + rng.randint(0, 1)
+                    book.set_members([(known, Epoch(epoch)) for known, epoch in epochs.items()])
+                case _:
+                    now_s += rng.choice([0.1, 1.0, 2.9, 3.0, 3.1, 5.1])
+            demand = rng.randint(0, 250)
+            excluded = {InstanceId(other) for other in rng.sample("abcdefg", rng.choice([0, 0, 0, 1, 3]))}
+            fast, slow = (
+                book.choose(demand, now_s, excluded),
+                choose_instance(book.view(now_s), demand, params, excluded),
+            )
+            if isinstance(slow, NoChoice):
+                assert isinstance(fast, NoChoice) and fast.any_serving == slow.any_serving
+            else:
+                assert fast == slow
+                num_choices += 1
+            book.check_integrity()
+    assert num_choices > NUM_VIEWS // 2, "most views have somebody to choose"
+
+
+def random_report(rng: random.Random, name: str, epoch: int) -> LoadReport:
+    total = rng.randint(1, 200)
+    free = rng.randint(0, total)
+    head = rng.choice([0, 0, rng.randint(1, 50)])
+    return report(
+        name,
+        epoch=epoch,
+        step=rng.randint(0, 9) if rng.random() < 0.1 else 10,
+        state=rng.choice(["serving"] * 9 + ["draining"]),
+        total_blocks=total,
+        free_blocks=free,
+        reserved_blocks=rng.randint(0, total - free),
+        num_running=rng.randint(0, 20),
+        running_by_priority=tuple((level, rng.randint(0, 3)) for level in rng.sample(range(-2, 5), 2)),
+        head_of_line_blocks=head,
+        waiting_blocks=head + rng.randint(0, 50),
+        submits_seen=rng.randint(0, 60),
+    )
+
+
+def test_control_columns_that_are_not_kept_are_noticed() -> None:
+    book = book_of(report("a"), report("b"))
+    book._columns.running[0] += 1
+    with pytest.raises(AssertionError, match="running is stale"):
+        book.check_integrity()

@@ -10,6 +10,7 @@ from migration.types import InstanceId, RequestId
 from orchestrator.policy.drain import DrainParams, plan_drain
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
+from tests.support import slow_rebalance
 from tests.support.reports import load_report, request_load
 
 TOTAL_BLOCKS = 400
@@ -94,6 +95,13 @@ def test_every_move_pays_before_and_after_in_the_order_proposed(
         after = freeness_steps(loads[move.destination]) - freeness_steps(loads[move.source])
         assert before > params.margin_steps and after > params.margin_steps
         assert freeness_steps(loads[move.source]) > freeness_steps(source)
+
+
+@UNTIMED
+@given(worlds(), PARAMS, st.integers(0, 200))
+def test_it_plans_what_the_slow_version_does(world: World, params: RebalanceParams, waiting_blocks: int) -> None:
+    views = views_of(world, waiting_blocks)
+    assert plan_rebalance(views, NOBODY_RESTS, params) == slow_rebalance.plan_rebalance(views, NOBODY_RESTS, params)
 
 
 @UNTIMED

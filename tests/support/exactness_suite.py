@@ -94,6 +94,17 @@ class MovesExactly:
         pair.finish(first, request_id)
         assert pair.tokens(request_id) == list(expected.tokens)
 
+    def test_one_that_is_resumed_at_once_goes_on(self, compare: Compare) -> None:
+        """With asynchronous scheduling its token is in flight then."""
+        comparison = compare("greedy")
+        expected = comparison.undisturbed()
+        request_id = comparison.start()
+        comparison.pair.decode_until(comparison.first, request_id, 5)
+        comparison.first.try_stop(request_id)
+        comparison.first.resume(request_id)
+        comparison.pair.finish(comparison.first, request_id)
+        assert comparison.seen(request_id) == expected
+
     def test_many_at_once_move_to_and_fro(self, compare: Compare) -> None:
         """Slots are given back and taken by others all along."""
         comparison = compare("greedy")

@@ -8,11 +8,9 @@ import pytest
 
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, choose_instance
+from orchestrator.policy.dispatch import Choice, DispatchBook, NoChoice
 from orchestrator.policy.load import LoadParams, freeness, running_blocks, virtual_usage_blocks
 from tests.support.idle_report import report
-
-PARAMS = DispatchParams()
 
 
 def book(*reports: LoadReport, now_s: float = 0.0) -> DispatchBook:
@@ -24,7 +22,7 @@ def book(*reports: LoadReport, now_s: float = 0.0) -> DispatchBook:
 
 
 def chosen(it: DispatchBook, demand: int = 10, now_s: float = 0.0, excluded: tuple[str, ...] = ()) -> str:
-    choice = choose_instance(it.view(now_s), demand, PARAMS, tuple(InstanceId(name) for name in excluded))
+    choice = it.choose(demand, now_s, tuple(InstanceId(name) for name in excluded))
     assert isinstance(choice, Choice), choice
     return choice.instance
 
@@ -107,17 +105,17 @@ def test_between_two_full_instances_the_shorter_queue_wins() -> None:
 def test_refused_draining_and_silent_instances_are_not_chosen_and_the_reason_says_so() -> None:
     it = book(report("a"), report("b", state="draining"))
     assert chosen(it) == "a"
-    refused = choose_instance(it.view(0.0), 1, PARAMS, {InstanceId("a")})
+    refused = it.choose(1, 0.0, {InstanceId("a")})
     assert refused == NoChoice("each of the 1 serving instances has refused it", any_serving=True)
-    silent = choose_instance(it.view(3.1), 1, PARAMS)
+    silent = it.choose(1, 3.1)
     assert silent == NoChoice("no instance has reported lately", any_serving=False)
-    draining = choose_instance(book(report("b", state="draining")).view(0.0), 1, PARAMS)
+    draining = book(report("b", state="draining")).choose(1, 0.0)
     assert draining == NoChoice("no instance serves (b is draining)", any_serving=False)
-    assert choose_instance(DispatchBook().view(0.0), 1, PARAMS) == NoChoice("no instance is ready yet", False)
+    assert DispatchBook().choose(1, 0.0) == NoChoice("no instance is ready yet", False)
 
 
 def test_a_choice_tells_its_reason_and_the_age_of_its_signal() -> None:
-    choice = choose_instance(book(report("a")).view(0.25), 10, PARAMS)
+    choice = book(report("a")).choose(10, 0.25)
     assert choice == Choice(InstanceId("a"), Epoch(1), "score 90.00 highest of 1 (0 dispatched since its report)", 0.25)
 
 

@@ -1,0 +1,148 @@
+"""Which running request should move where? `plan_rebalance`, written out: every pair is looked at anew for every move.
+
+Repeatedly pair the instance with the lowest freeness with the one with the highest. The source must be
+short of memory, the destination not, and the move must pay: also after it the destination is freer than the source, by
+a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made. A
+blocked head of the queue makes freeness negative, hence its instance a source: room is made for it (defragmentation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instance.messages import LoadReport, RequestLoad
+from migration.types import RequestId
+from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.rebalance import RebalanceParams, Resting
+
+_RUNNING = "running"
+
+
+@dataclass(slots=True)
+class _Side:
+    """An instance while the plan is made: its view and what the moves planned so far make of it."""
+
+    view: InstanceView
+    load: LoadReport
+    slots_out: int
+    slots_in: int
+    is_exhausted: bool = False
+    """As a source it has nothing more to propose in this tick."""
+
+    @property
+    def freeness_steps(self) -> float:
+        return freeness_steps(self.load)
+
+
+def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
+    """Moves for this tick, in the order found. The same views give the same plan, in whatever order they come."""
+    sides = [
+        _Side(view, view.load, view.slots_out, view.slots_in)
+        for view in sorted(views, key=lambda view: view.instance)
+        if not view.draining
+    ]
+    taken: set[RequestId] = set(resting.requests)
+    moves: list[Move] = []
+    while len(moves) < params.max_moves:
+        source = _next_source(sides, params)
+        if source is None:
+            break
+        move = _best_move(source, sides, taken, resting, params)
+        if move is None:
+            source.is_exhausted = True
+            continue
+        moves.append(move)
+        taken.add(move.request_id)
+    return tuple(moves)
+
+
+def _next_source(sides: list[_Side], params: RebalanceParams) -> _Side | None:
+    """The least free instance that is short of memory and may still send."""
+    short = (
+        side
+        for side in sides
+        if not side.is_exhausted and side.slots_out > 0 and side.freeness_steps < params.threshold_steps
+    )
+    return min(short, key=lambda side: (side.freeness_steps, side.view.instance), default=None)
+
+
+def _best_move(
+    source: _Side, sides: list[_Side], taken: set[RequestId], resting: Resting, params: RebalanceParams
+) -> Move | None:
+    """The first request, in the order of the rule, that pays at the freest destination; books the move."""
+    destinations = sorted(
+        (
+            side
+            for side in sides
+            if side is not source
+            and side.slots_in > 0
+            and side.freeness_steps >= params.threshold_steps
+            and (source.view.instance, side.view.instance) not in resting.pairs
+        ),
+        key=lambda side: (-side.freeness_steps, side.view.instance),
+    )
+    candidates = sorted(
+        (
+            request
+            for request in source.view.requests
+            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in taken
+        ),
+        key=_order,
+    )
+    for destination in destinations:
+        for request in candidates:
+            gain = _gain(source, destination, request, params)
+            if gain is not None:
+                return _book(source, destination, request, gain)
+    return None
+
+
+def _order(request: RequestLoad) -> tuple[int, int, str]:
+    """Lower priority first (vLLM: the higher number), then shorter, then by name."""
+    return (-request.priority, request.num_prompt_tokens + request.num_output_tokens, request.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gain:
+    source_before: float
+    source_after: float
+    destination_before: float
+    destination_after: float
+
+
+def _gain(source: _Side, destination: _Side, request: RequestLoad, params: RebalanceParams) -> _Gain | None:
+    """What the move makes of both (decode steps), or None when it does not pay."""
+    if request.num_blocks > destination.load.free_blocks:
+        return None
+    gain = _Gain(
+        source_before=source.freeness_steps,
+        source_after=freeness_steps(after_leaving(source.load, request.priority, request.num_blocks)),
+        destination_before=destination.freeness_steps,
+        destination_after=freeness_steps(after_joining(destination.load, request.priority, request.num_blocks)),
+    )
+    pays = (
+        gain.destination_before - gain.source_before > params.margin_steps
+        and gain.destination_after - gain.source_after > params.margin_steps
+        and gain.source_after > gain.source_before
+    )
+    return gain if pays else None
+
+
+def _book(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
+    source.load = after_leaving(source.load, request.priority, request.num_blocks)
+    source.slots_out -= 1
+    destination.load = after_joining(destination.load, request.priority, request.num_blocks)
+    destination.slots_in -= 1
+    blocked = source.view.load.head_of_line_blocks > source.view.load.free_blocks
+    return Move(
+        request_id=RequestId(request.request_id),
+        source=source.view.instance,
+        destination=destination.view.instance,
+        priority=request.priority,
+        num_blocks=request.num_blocks,
+        reason=(
+            f"{'defragment' if blocked else 'rebalance'}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
+            f"destination {gain.destination_before:.0f} -> {gain.destination_after:.0f} decode steps left"
+        ),
+        signal_age_s=max(source.view.signal_age_s, destination.view.signal_age_s),
+    )
