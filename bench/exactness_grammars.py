@@ -1,4 +1,4 @@
-"""Which grammars do requests of bench.exactness have? Constraints as of vLLM's StructuredOutputsParams, drawn at random."""
+"""Which grammars do requests of bench.exactness have? Constraints for StructuredOutputsParams, drawn at random."""
 
 from __future__ import annotations
 
