@@ -36,8 +36,8 @@ class RebalanceParams:
     max_moves: int = 8
     """Moves proposed in one tick."""
     max_destinations: int = 8
-    """The freest ones that a source is compared with. It bounds the work of a tick in a large fleet; where none of so
-    many takes a request, the next ones are less free still."""
+    """The freest ones at which some request of a source may pay: each of its requests is compared with so many. It
+    bounds the work of a tick in a large fleet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,7 @@ class _Plan:
         if smallest is None:
             return None
         candidates: list[RequestLoad] | None = None
-        for destination in self._asked(source):
-            # The larger a request, the less free is the destination after it, and the freer the source: where the
-            # smallest does not pay, none does.
-            if not _may_pay(source.load, destination.load, smallest, self._params.margin_steps):
-                continue
+        for destination in self._asked(source, smallest):
             candidates = candidates or sorted(movable, key=_order)
             for request in candidates:
                 gain = _gain(source, destination, request, self._params)
@@ -133,12 +129,16 @@ class _Plan:
                     return destination, request, gain
         return None
 
-    def _asked(self, source: _Side) -> Iterator[_Side]:
+    def _asked(self, source: _Side, smallest: int) -> Iterator[_Side]:
+        """The freest ones at which a request of `smallest` blocks would pay. The larger a request, the less free is the
+        destination after it, and the freer the source: where the smallest does not pay, none does."""
         num_asked = 0
         for minus_steps, name, destination in self._destinations:
             if -minus_steps - source.steps <= self._params.margin_steps:
                 return
             if (source.view.instance, name) in self._resting.pairs:
+                continue
+            if not _may_pay(source.load, destination.load, smallest, self._params.margin_steps):
                 continue
             num_asked += 1
             if num_asked > self._params.max_destinations:
