@@ -16,7 +16,15 @@ from dataclasses import dataclass
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import (
+    InstanceView,
+    Move,
+    after_joining,
+    after_leaving,
+    freeness_steps,
+    spare_blocks,
+    steps_left,
+)
 
 _RUNNING = "running"
 
@@ -203,12 +211,15 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
 
 
 def _may_pay(source: LoadReport, destination: LoadReport, num_blocks: int, margin_steps: float) -> bool:
-    """Whether the destination has room and would be freer than the source, after a request of that size had moved."""
+    """Whether the destination has room and would be freer than the source, after a request of that size had moved.
+
+    As `_gain` tells it, without making the reports of afterwards: this is asked of every pair.
+    """
     if num_blocks > destination.free_blocks:
         return False
-    # A priority's headroom is not counted by `freeness_steps`, so that any priority does here.
-    after = freeness_steps(after_joining(destination, 0, num_blocks))
-    return after - freeness_steps(after_leaving(source, 0, num_blocks)) > margin_steps
+    freed = min(num_blocks, source.total_blocks - source.free_blocks)
+    after = steps_left(spare_blocks(destination) - num_blocks, destination.num_running + 1, destination.block_size)
+    return after - steps_left(spare_blocks(source) + freed, source.num_running - 1, source.block_size) > margin_steps
 
 
 def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
