@@ -225,6 +225,8 @@ class FerryMixin:
                 self.reset_preempted_req_ids.discard(request_id)
                 self._ferry_leave_out(request_id)
                 self.running.append(request)
+                if request.is_prefill_chunk:
+                    self._inflight_prefills.add(request)  # the rest of its prompt is reserved for again
                 return
             if self.ferry_rest(request_id) is Rest.IN_FLIGHT:
                 self.ferry_returning.add(request_id)

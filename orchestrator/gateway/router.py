@@ -76,7 +76,7 @@ class Router:
         for known in list(self._members.values()):
             kept = new.get(known.instance)
             if kept is None or kept.epoch != known.epoch:
-                effects += self.on_member_lost(known.instance, known.epoch, now_s)
+                effects += self._lose(known.instance, known.epoch, now_s)
         for member in new.values():
             if member.instance not in self._members:
                 self._heard_s[member.instance] = now_s
@@ -86,6 +86,13 @@ class Router:
 
     def on_member_lost(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:
         """This incarnation has ended. What it owned is orphaned: it may turn up elsewhere within the grace."""
+        effects = self._lose(instance, epoch, now_s)
+        if effects:
+            self._book.set_members([(other.instance, other.epoch) for other in self._members.values()])
+        return effects
+
+    def _lose(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:
+        """The same, but for the book, which is told once however many are lost. Nothing: it was no member any more."""
         owner = (instance, epoch)
         self._lost[owner] = None
         while len(self._lost) > self._params.max_lost:
@@ -98,7 +105,6 @@ class Router:
             return []
         del self._members[instance]
         self._heard_s.pop(instance, None)
-        self._book.set_members([(other.instance, other.epoch) for other in self._members.values()])
         return [Forget(member.address)]
 
     # ---- requests

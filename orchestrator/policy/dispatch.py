@@ -164,6 +164,9 @@ class DispatchBook:
     def set_members(self, members: Collection[tuple[InstanceId, Epoch]]) -> None:
         """Keep only these; a new epoch starts with an empty page."""
         kept = dict(members)
+        gone = [name for name, entry in self._entries.items() if kept.get(name) != entry.epoch]
+        if gone:
+            self._sent = deque(sent for sent in self._sent if sent[1] not in gone)
         self._entries = {
             name: known
             if (known := self._entries.get(name)) is not None and known.epoch == kept[name]
@@ -188,6 +191,7 @@ class DispatchBook:
         while entry.unseen and entry.unseen[0].sequence <= report.submits_seen:
             self._forget_oldest(entry)
         self._columns.write(entry)
+        self._drop_seen()
         return True
 
     def on_dispatched(self, instance: InstanceId, demand_blocks: int, now_s: float) -> int:
@@ -213,6 +217,7 @@ class DispatchBook:
         self._num_unseen -= len(entry.unseen) - len(kept)
         entry.unseen, entry.unseen_blocks = kept, sum(sent.demand_blocks for sent in kept)
         self._columns.write(entry)
+        self._drop_seen()
 
     # ---- what is known
     @property
@@ -278,6 +283,7 @@ class DispatchBook:
             while entry.unseen and entry.unseen[0].sequence <= sequence:
                 self._forget_oldest(entry)
             self._columns.write(entry)
+        self._drop_seen()
 
     def _forget_oldest(self, entry: _Entry) -> None:
         entry.unseen_blocks -= entry.unseen.popleft().demand_blocks
@@ -301,7 +307,7 @@ class DispatchBook:
             assert (entry.row, self._names[row]) == (row, name)
         assert list(self._entries) == sorted(self._entries)
         assert self._num_unseen == sum(len(entry.unseen) for entry in self._entries.values())
-        assert len(self._sent) <= 2 * self._num_unseen + MAX_SEEN_KEPT + self._max_unseen
+        assert len(self._sent) <= 2 * self._num_unseen + MAX_SEEN_KEPT
         fresh = _Columns(list(self._entries.values()), self._params.load)
         for column, values in vars(fresh).items():
             assert column == "_params" or np.array_equal(values, getattr(self._columns, column)), f"{column} is stale"

@@ -8,7 +8,7 @@ import msgspec
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
-from orchestrator.policy.load import freeness
+from orchestrator.policy.load import virtual_usage_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,18 @@ def freeness_steps(load: LoadReport) -> float:
     A shortage is not divided by the batch: a larger batch would make it look smaller, and taking a request away could
     make it look larger. So a departure always raises the figure, and an arrival always lowers it.
     """
-    left = freeness(load) * load.block_size
-    return left if left >= 0 else left * max(1, load.num_running)
+    return steps_left(spare_blocks(load), load.num_running, load.block_size)
+
+
+def spare_blocks(load: LoadReport) -> float:
+    """Blocks free of virtual usage; -inf unless it serves."""
+    return load.total_blocks - virtual_usage_blocks(load)
+
+
+def steps_left(spare_blocks: float, num_running: int, block_size: int) -> float:
+    """As `freeness_steps`, of its parts."""
+    tokens = spare_blocks * block_size
+    return tokens / max(1, num_running) if tokens >= 0 else tokens
 
 
 def after_leaving(load: LoadReport, priority: int, num_blocks: int) -> LoadReport:

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import (
+    InstanceView,
+    Move,
+    after_joining,
+    after_leaving,
+    freeness_steps,
+    spare_blocks,
+    steps_left,
+)
 
 _RUNNING = "running"
 
@@ -36,8 +44,8 @@ class RebalanceParams:
     max_moves: int = 8
     """Moves proposed in one tick."""
     max_destinations: int = 8
-    """The freest ones that a source is compared with. It bounds the work of a tick in a large fleet; where none of so
-    many takes a request, the next ones are less free still."""
+    """The freest ones at which some request of a source may pay: each of its requests is compared with so many. It
+    bounds the work of a tick in a large fleet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +129,7 @@ class _Plan:
         if smallest is None:
             return None
         candidates: list[RequestLoad] | None = None
-        for destination in self._asked(source):
-            # The larger a request, the less free is the destination after it, and the freer the source: where the
-            # smallest does not pay, none does.
-            if not _may_pay(source.load, destination.load, smallest, self._params.margin_steps):
-                continue
+        for destination in self._asked(source, smallest):
             candidates = candidates or sorted(movable, key=_order)
             for request in candidates:
                 gain = _gain(source, destination, request, self._params)
@@ -133,12 +137,16 @@ class _Plan:
                     return destination, request, gain
         return None
 
-    def _asked(self, source: _Side) -> Iterator[_Side]:
+    def _asked(self, source: _Side, smallest: int) -> Iterator[_Side]:
+        """The freest ones at which a request of `smallest` blocks would pay. The larger a request, the less free is the
+        destination after it, and the freer the source: where the smallest does not pay, none does."""
         num_asked = 0
         for minus_steps, name, destination in self._destinations:
             if -minus_steps - source.steps <= self._params.margin_steps:
                 return
             if (source.view.instance, name) in self._resting.pairs:
+                continue
+            if not _may_pay(source.load, destination.load, smallest, self._params.margin_steps):
                 continue
             num_asked += 1
             if num_asked > self._params.max_destinations:
@@ -203,12 +211,15 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
 
 
 def _may_pay(source: LoadReport, destination: LoadReport, num_blocks: int, margin_steps: float) -> bool:
-    """Whether the destination has room and would be freer than the source, after a request of that size had moved."""
+    """Whether the destination has room and would be freer than the source, after a request of that size had moved.
+
+    As `_gain` tells it, without making the reports of afterwards: this is asked of every pair.
+    """
     if num_blocks > destination.free_blocks:
         return False
-    # A priority's headroom is not counted by `freeness_steps`, so that any priority does here.
-    after = freeness_steps(after_joining(destination, 0, num_blocks))
-    return after - freeness_steps(after_leaving(source, 0, num_blocks)) > margin_steps
+    freed = min(num_blocks, source.total_blocks - source.free_blocks)
+    after = steps_left(spare_blocks(destination) - num_blocks, destination.num_running + 1, destination.block_size)
+    return after - steps_left(spare_blocks(source) + freed, source.num_running - 1, source.block_size) > margin_steps
 
 
 def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:

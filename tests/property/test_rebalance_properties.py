@@ -182,3 +182,41 @@ def test_a_drain_empties_its_instance_of_all_that_moves_and_fits_and_sends_nothi
     )
     left = [request for request in world[draining] if request not in fixed]
     assert all(request.num_blocks > largest_gap for request in left)
+
+
+def test_destinations_without_room_do_not_hide_the_one_that_has_it() -> None:
+    """Many are freer by decode steps, since few run there, and have no room for what would have to move."""
+    small = [
+        InstanceView(
+            InstanceId(f"small-{number:02}"),
+            load_report(f"small-{number:02}", total_blocks=200, free_blocks=100, num_running=1),
+            (request_load(f"s{number}", 100),),
+            False,
+            slots_out=2,
+            slots_in=2,
+            signal_age_s=0.1,
+        )
+        for number in range(2 * RebalanceParams().max_destinations)
+    ]
+    large = InstanceView(
+        InstanceId("large"),
+        load_report("large", total_blocks=2_000, free_blocks=1_000, num_running=20),
+        (),
+        False,
+        2,
+        2,
+        0.1,
+    )
+    full = InstanceView(
+        InstanceId("full"),
+        load_report("full", total_blocks=600, free_blocks=0, num_running=30),
+        tuple(request_load(f"r{number}", 150) for number in range(4)),
+        False,
+        2,
+        2,
+        0.1,
+    )
+    views = (*small, large, full)
+    moves = plan_rebalance(views, NOBODY_RESTS, RebalanceParams())
+    assert [move.destination for move in moves][:1] == ["large"]
+    assert moves == slow_rebalance.plan_rebalance(views, NOBODY_RESTS, RebalanceParams())

@@ -128,3 +128,25 @@ def test_reports_of_strangers_other_epochs_and_the_past_are_left_out() -> None:
     it.set_members([(InstanceId("a"), Epoch(2))])
     assert it.view(0.0).instances == ()
     assert it.on_dispatched(InstanceId("a"), 10, 0.0) == 1
+
+
+def test_what_was_sent_is_remembered_in_proportion_to_what_is_unseen() -> None:
+    names = ("a", "b", "c")
+    it = book(*(report(name) for name in names))
+    for name in names:
+        for _ in range(3_000):
+            it.on_dispatched(InstanceId(name), 1, 0.0)
+    for name in names:
+        it.on_report(report(name, step=1, submits_seen=3_000), 0.1)
+        it.check_integrity()
+
+
+def test_a_member_that_comes_back_is_not_charged_for_its_past() -> None:
+    it = book(report("a"))
+    for _ in range(5):
+        it.on_dispatched(InstanceId("a"), 1, 0.0)
+    it.set_members([])
+    it.set_members([(InstanceId("a"), Epoch(1))])
+    it.on_report(report("a"), 9.0)
+    it.on_dispatched(InstanceId("a"), 1, 9.0)
+    assert it.view(10.5).instances[0].num_dispatched == 1
