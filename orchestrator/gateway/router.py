@@ -87,8 +87,7 @@ class Router:
     def on_member_lost(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:
         """This incarnation has ended. What it owned is orphaned: it may turn up elsewhere within the grace."""
         effects = self._lose(instance, epoch, now_s)
-        if effects:
-            self._book.set_members([(other.instance, other.epoch) for other in self._members.values()])
+        self._book.set_members([(other.instance, other.epoch) for other in self._members.values()])
         return effects
 
     def _lose(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:
@@ -284,9 +283,8 @@ class Router:
 
     def _seen(self, now_s: float) -> dict[Owner, int]:
         """Up to which of our submissions each member has received them, by its report, if that is fresh."""
-        fresh = [
-            one for one in self.view(now_s).instances if one.report_age_s <= self._params.dispatch.max_report_age_s
-        ]
+        max_age_s = self._params.dispatch.max_report_age_s
+        fresh = (one for one in self.view(now_s).instances if one.report_age_s <= max_age_s)
         return {(one.instance, one.epoch): one.report.submits_seen for one in fresh}
 
     def _settle_orphans(self, now_s: float) -> list[Effect]:
@@ -330,7 +328,7 @@ class Router:
         member = self._members[choice.instance]
         flight.sequence = self._book.on_dispatched(choice.instance, demand, now_s)
         flight.sent_s = now_s
-        self.relay.open(flight.wire_id, (member.instance, member.epoch))
+        self.relay.open(flight.wire_id, (choice.instance, choice.epoch))
         self._waiting.discard(flight.wire_id)
         self._unanswered.add(flight.wire_id)
         self.counts.dispatched += 1
@@ -383,9 +381,7 @@ class Router:
             self._orphaned.setdefault(request_id, since_s)
 
     def _abort_everywhere(self, request_ids: tuple[str, ...]) -> list[Effect]:
-        if not request_ids:
-            return []
-        return [Send(member.address, Abort(request_ids)) for member in self._members.values()]
+        return [Send(member.address, Abort(request_ids)) for member in self._members.values()] if request_ids else []
 
     def _subscribe(self, now_s: float) -> list[Effect]:
         self._subscribed_s = now_s

@@ -114,7 +114,7 @@ class _Columns:
     def write(self, entry: _Entry) -> None:
         """What is known of it now. Usage is infinite where it does not serve."""
         row, report = entry.row, entry.report
-        self.unseen[row], self.unseen_blocks[row] = len(entry.unseen), entry.unseen_blocks
+        self.write_unseen(entry)
         self.reported_s[row] = entry.reported_s
         if report is None:
             self.usage[row] = math.inf
@@ -124,6 +124,10 @@ class _Columns:
         self.head_of_line[row] = report.head_of_line_blocks
         self.waiting[row] = max(report.waiting_blocks, report.head_of_line_blocks)
         self.running[row] = report.num_running
+
+    def write_unseen(self, entry: _Entry) -> None:
+        """Of what is known of it, the part that a dispatch changes."""
+        self.unseen[entry.row], self.unseen_blocks[entry.row] = len(entry.unseen), entry.unseen_blocks
 
     def scores(self, demand_blocks: int) -> npt.NDArray[np.float64]:
         """Freeness of each with own dispatches and this request on it, in decode steps; higher is better.
@@ -205,7 +209,7 @@ class DispatchBook:
             self._forget_oldest(entry)
         self._sent.append((now_s, instance, entry.epoch, entry.last_sequence))
         self._drop_seen()
-        self._columns.write(entry)
+        self._columns.write_unseen(entry)
         return entry.last_sequence
 
     def on_not_taken(self, instance: InstanceId, epoch: Epoch, sequence: int) -> None:
