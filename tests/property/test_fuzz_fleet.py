@@ -34,8 +34,9 @@ def messages_of(mutator: Mutator, num_frames: int) -> list[FleetMessage]:
     for _ in range(num_frames):
         frame = mutator.frame()
         body = session.stamp() + frame[HEADER_BYTES:]
+        version = frame[:1] or b"\0"  # of a frame cut to nothing: or the MAC's first byte would be taken for it
         try:
-            found.append(decode(frame[:1] + SEAL.mac(HERE, body) + body, SEAL, HERE, guard))
+            found.append(decode(version + SEAL.mac(HERE, body) + body, SEAL, HERE, guard))
         except MalformedFleetMessage:
             continue
     return found
