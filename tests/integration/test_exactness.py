@@ -7,7 +7,7 @@ controls leave one piece of state behind and must fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import msgspec
@@ -21,25 +21,16 @@ from instance.vllm.host import VllmEngine
 from migration.types import StoppedRequest
 from tests.support.cases import CASES, params
 from tests.support.exactness import Comparison, Seen
+from tests.support.exactness_suite import PROMPT, Compare, comparisons
 from tests.support.pair import EnginePair, Refused, Sabotage
 from tests.support.vllm_kit import VllmKit, prompt_of, shared_kit, start_engine, submission_of
 
-PROMPT = 200
-"""24 tokens before a block boundary: with 25 output tokens, the settled KV ends exactly on it."""
 AT_BOUNDARY = (24, 25, 26)
 
 
 @pytest.fixture
-def compare() -> Iterator[Callable[..., Comparison]]:
-    made: list[Comparison] = []
-
-    def make(case: str, key: int = 1, num_prompt_tokens: int = PROMPT, kit: VllmKit | None = None) -> Comparison:
-        made.append(Comparison(kit or shared_kit(), key, num_prompt_tokens, CASES[case]))
-        return made[-1]
-
-    yield make
-    for comparison in made:
-        comparison.close()
+def compare() -> Iterator[Compare]:
+    yield from comparisons(shared_kit())
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +40,14 @@ def chunking_kit() -> VllmKit:
 
 
 @pytest.mark.parametrize("case", [*CASES])
-def test_a_migrated_request_puts_out_what_an_undisturbed_one_does(
-    case: str, compare: Callable[..., Comparison]
-) -> None:
+def test_a_migrated_request_puts_out_what_an_undisturbed_one_does(case: str, compare: Compare) -> None:
     comparison = compare(case)
     expected = comparison.undisturbed()
     assert len(expected.tokens) > 24, "the request is too short to be moved in its middle"
     assert comparison.migrated(hops=(20,)) == expected
 
 
-def test_a_stop_token_after_the_migration_ends_the_request_there(compare: Callable[..., Comparison]) -> None:
+def test_a_stop_token_after_the_migration_ends_the_request_there(compare: Compare) -> None:
     tokens = compare("greedy").undisturbed().tokens
     stop = next(token for i, token in enumerate(tokens) if i >= 30 and token not in tokens[:i])
     comparison = Comparison(shared_kit(), 1, PROMPT, params(stop_token_ids=[stop], logprobs=1))
@@ -69,7 +58,7 @@ def test_a_stop_token_after_the_migration_ends_the_request_there(compare: Callab
 
 
 @pytest.mark.parametrize("at", [1, 2, *AT_BOUNDARY, 66])
-def test_the_moment_of_the_migration_does_not_matter(at: int, compare: Callable[..., Comparison]) -> None:
+def test_the_moment_of_the_migration_does_not_matter(at: int, compare: Compare) -> None:
     comparison = compare("greedy")
     assert comparison.migrated(hops=(at,)) == comparison.undisturbed()
 
@@ -77,7 +66,7 @@ def test_the_moment_of_the_migration_does_not_matter(at: int, compare: Callable[
 @pytest.mark.parametrize(
     "case", ["greedy", "seeded", "penalties, seeded", "json, penalties", "allowed ids", "bad words"]
 )
-def test_a_request_may_go_there_and_back_many_times(case: str, compare: Callable[..., Comparison]) -> None:
+def test_a_request_may_go_there_and_back_many_times(case: str, compare: Compare) -> None:
     comparison = compare(case)
     expected = comparison.undisturbed()
     hops = [at for at in (3, 11, 19, 27, 35, 43) if at < len(expected.tokens) - 3]
@@ -86,7 +75,7 @@ def test_a_request_may_go_there_and_back_many_times(case: str, compare: Callable
 
 
 @pytest.mark.parametrize("case", ["greedy", "seeded", "penalties, seeded", "regex"])
-def test_tokens_are_the_same_when_the_kv_is_computed_again(case: str, compare: Callable[..., Comparison]) -> None:
+def test_tokens_are_the_same_when_the_kv_is_computed_again(case: str, compare: Compare) -> None:
     comparison = compare(case)
     expected, moved = comparison.undisturbed(), comparison.migrated(hops=(20,), without_kv=True)
     # Prefill and decode kernels differ in the last bits: tokens are equal, logprobs need not be.
@@ -94,7 +83,7 @@ def test_tokens_are_the_same_when_the_kv_is_computed_again(case: str, compare: C
 
 
 @pytest.mark.parametrize("case", ["greedy", "seeded", "json", "prompt logprobs"])
-def test_a_request_that_has_not_run_moves_exactly(case: str, compare: Callable[..., Comparison]) -> None:
+def test_a_request_that_has_not_run_moves_exactly(case: str, compare: Compare) -> None:
     """With a grammar it is still waiting for it: the first step has not asked yet whether it is compiled."""
     comparison = compare(case)
     expected = comparison.undisturbed()
@@ -105,9 +94,7 @@ def test_a_request_that_has_not_run_moves_exactly(case: str, compare: Callable[.
 
 
 @pytest.mark.parametrize("case", ["greedy", "penalties"])
-def test_a_half_computed_prompt_moves_exactly(
-    case: str, compare: Callable[..., Comparison], chunking_kit: VllmKit
-) -> None:
+def test_a_half_computed_prompt_moves_exactly(case: str, compare: Compare, chunking_kit: VllmKit) -> None:
     comparison = compare(case, num_prompt_tokens=300, kit=chunking_kit)
     expected = comparison.undisturbed()
     request_id = comparison.start()
@@ -119,7 +106,7 @@ def test_a_half_computed_prompt_moves_exactly(
 
 
 def test_prompt_logprobs_that_are_not_complete_are_refused_with_the_reason(
-    compare: Callable[..., Comparison], chunking_kit: VllmKit
+    compare: Compare, chunking_kit: VllmKit
 ) -> None:
     comparison = compare("prompt logprobs", num_prompt_tokens=300, kit=chunking_kit)
     request_id = comparison.start()
@@ -130,7 +117,7 @@ def test_prompt_logprobs_that_are_not_complete_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("case", ["greedy", "penalties, seeded"])
-def test_a_preempted_request_moves(case: str, compare: Callable[..., Comparison]) -> None:
+def test_a_preempted_request_moves(case: str, compare: Compare) -> None:
     """1. Three requests nearly fill the blocks. 2. They grow; the youngest is preempted. 3. It is moved, and goes on
     there."""
     comparison = compare(case, key=50, num_prompt_tokens=600)
@@ -175,7 +162,7 @@ def without_generator(state: bytes) -> bytes:
 
 @pytest.mark.parametrize("malformed", [{"generator": b"short"}, {"generator": b""}, {"prefill_stats": (1, 2)}])
 def test_a_state_vllm_could_not_take_in_is_refused_and_the_engine_goes_on(
-    compare: Callable[..., Comparison], malformed: dict[str, object]
+    compare: Compare, malformed: dict[str, object]
 ) -> None:
     comparison = compare("seeded", key=74)
     pair, first, second = comparison.pair, comparison.first, comparison.second
@@ -197,19 +184,19 @@ def assert_altered(moved: Seen, expected: Seen) -> None:
     assert (moved.tokens, moved.logprobs) != (expected.tokens, expected.logprobs)
 
 
-def test_control_a_block_that_is_not_copied_is_noticed(compare: Callable[..., Comparison]) -> None:
+def test_control_a_block_that_is_not_copied_is_noticed(compare: Compare) -> None:
     comparison = compare("greedy", key=70)
     expected = comparison.undisturbed()
     assert_altered(comparison.migrated(hops=(20,), sabotage=Sabotage(skip_block=3)), expected)
 
 
-def test_control_a_tail_that_is_not_copied_is_noticed(compare: Callable[..., Comparison]) -> None:
+def test_control_a_tail_that_is_not_copied_is_noticed(compare: Compare) -> None:
     comparison = compare("greedy", key=71)
     expected = comparison.undisturbed()
     assert_altered(comparison.migrated(hops=(20,), sabotage=Sabotage(skip_tail=True)), expected)
 
 
-def test_control_a_sampler_that_starts_again_is_noticed(compare: Callable[..., Comparison]) -> None:
+def test_control_a_sampler_that_starts_again_is_noticed(compare: Compare) -> None:
     comparison = compare("seeded", key=72)
     expected = comparison.undisturbed()
     moved = comparison.migrated(hops=(20,), sabotage=Sabotage(alter_state=without_generator))
@@ -217,7 +204,7 @@ def test_control_a_sampler_that_starts_again_is_noticed(compare: Callable[..., C
     assert_altered(moved, expected)
 
 
-def test_control_outputs_sent_as_prompt_are_noticed(compare: Callable[..., Comparison]) -> None:
+def test_control_outputs_sent_as_prompt_are_noticed(compare: Compare) -> None:
     comparison = compare("strong penalties", key=73)
     pair, first, second = comparison.pair, comparison.first, comparison.second
     expected = comparison.undisturbed()

@@ -20,13 +20,12 @@ from tests.support.adapters import RANK, adapter_of, write_adapter
 from tests.support.asynchronous import asynchronous_scheduling, shared_asynchronous_kit
 from tests.support.cases import CASES, params
 from tests.support.exactness import Comparison
-from tests.support.exactness_suite import Compare, MovesExactly
+from tests.support.exactness_suite import PROMPT, Compare, MovesExactly, comparisons
 from tests.support.vllm_kit import VllmKit, shared_kit, start_engine
 from tests.support.windowed_model import MIXED, windowed_model_path
 
 pytestmark = pytest.mark.timeout(300)
 
-PROMPT = 200
 CHUNK = 288
 
 
@@ -48,15 +47,7 @@ def windowed() -> VllmKit:
 
 @pytest.fixture
 def compare(chunking: VllmKit) -> Iterator[Compare]:
-    made: list[Comparison] = []
-
-    def make(case: str, key: int = 1, num_prompt_tokens: int = PROMPT, kit: VllmKit | None = None) -> Comparison:
-        made.append(Comparison(kit or chunking, key, num_prompt_tokens, CASES[case]))
-        return made[-1]
-
-    yield make
-    for comparison in made:
-        comparison.close()
+    yield from comparisons(chunking)
 
 
 @pytest.fixture

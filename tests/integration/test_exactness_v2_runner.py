@@ -17,10 +17,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from instance.vllm import handshake
 from migration.types import RequestId
 from tests.support import v2_engine
-from tests.support.cases import CASES, params
+from tests.support.cases import params
 from tests.support.engine_process import EngineProcess
-from tests.support.exactness import Comparison
-from tests.support.exactness_suite import Compare, MovesExactly
+from tests.support.exactness_suite import Compare, MovesExactly, comparisons
 from tests.support.vllm_kit import VllmKit, engine_argv, prompt_of, submission_of
 
 pytestmark = [
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not v2_engine.TRITON.is_dir(), reason="Triton is not here: make test-v2 fetches it"),
 ]
 
-PROMPT = 200
 CHUNK = 256
 SCHEDULING = ("synchronous", v2_engine.ASYNCHRONOUS)
 
@@ -51,15 +49,7 @@ def kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def compare(kit: VllmKit) -> Iterator[Compare]:
-    made: list[Comparison] = []
-
-    def make(case: str, key: int = 1, num_prompt_tokens: int = PROMPT) -> Comparison:
-        made.append(Comparison(kit, key, num_prompt_tokens, CASES[case]))
-        return made[-1]
-
-    yield make
-    for comparison in made:
-        comparison.close()
+    yield from comparisons(kit)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ gives the fixtures `compare`, which makes a Comparison of a case on idle engines
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,9 +15,24 @@ from migration.types import RequestId
 from tests.support.cases import CASES, params
 from tests.support.exactness import Comparison
 from tests.support.pair import Refused, Sabotage
-from tests.support.vllm_kit import prompt_of, submission_of
+from tests.support.vllm_kit import VllmKit, prompt_of, submission_of
 
 Compare = Callable[..., Comparison]
+PROMPT = 200
+"""24 tokens before a block boundary: with 25 output tokens, the settled KV ends exactly on it."""
+
+
+def comparisons(usual: VllmKit) -> Iterator[Compare]:
+    """What a fixture does: makes one of a case, on `usual` unless other engines are named; closes them at the end."""
+    made: list[Comparison] = []
+
+    def make(case: str, key: int = 1, num_prompt_tokens: int = PROMPT, kit: VllmKit | None = None) -> Comparison:
+        made.append(Comparison(kit or usual, key, num_prompt_tokens, CASES[case]))
+        return made[-1]
+
+    yield make
+    for comparison in made:
+        comparison.close()
 
 
 def status(engine: Engine, request_id: RequestId) -> RequestStatus:
