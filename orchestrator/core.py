@@ -148,12 +148,13 @@ class Orchestrator:
 
     def _on_gateway_lost(self, event: GatewayLost) -> list[Effect]:
         record = self._gateways.get(event.gateway)
-        if record is not None:
-            record.alive, record.reason = False, event.reason
-        return []
+        if record is None or not record.alive:
+            return []
+        record.alive, record.reason = False, event.reason
+        return [self._update_members(f"{event.gateway} was lost")]
 
     def _update_members(self, reason: str) -> UpdateMembers:
-        return view.members(list(self._instances.values()), reason)
+        return view.members(list(self._instances.values()), list(self._gateways.values()), reason)
 
     # ------------------------------------------------------------------ what they say
     def _on_report(self, event: ReportReceived, now_s: float) -> list[Effect]:

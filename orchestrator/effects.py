@@ -49,6 +49,8 @@ class UpdateMembers:
     """Tell every gateway who is there; whoever is missing is gone."""
 
     members: tuple[Member, ...]
+    num_gateways: int
+    """That dispatch to them: each reckons with what the others send between two reports."""
     reason: str
 
 

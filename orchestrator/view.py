@@ -63,9 +63,10 @@ def _after(load: LoadReport, leaving: list[MigrationRecord], joining: list[Migra
     return load
 
 
-def members(instances: list[InstanceRecord], reason: str) -> UpdateMembers:
+def members(instances: list[InstanceRecord], gateways: list[GatewayRecord], reason: str) -> UpdateMembers:
     ordered = sorted(instances, key=lambda record: record.instance)
-    return UpdateMembers(tuple(Member(item.incarnation, item.actor_name, item.state) for item in ordered), reason)
+    told = tuple(Member(item.incarnation, item.actor_name, item.state) for item in ordered)
+    return UpdateMembers(told, sum(gateway.alive for gateway in gateways), reason)
 
 
 def is_empty(record: InstanceRecord) -> bool:

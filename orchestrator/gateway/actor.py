@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import ray
 
-from orchestrator.gateway.spec import GatewayConfig, Member
+from orchestrator.gateway.spec import GatewayConfig, Member, Membership
 
 if TYPE_CHECKING:
     from orchestrator.gateway.service import GatewayService
@@ -40,11 +40,12 @@ class GatewayActor:
         return msgspec.json.encode(started)
 
     async def set_members(self, members_json: bytes) -> None:
-        """A JSON list of Member."""
+        """A JSON Membership."""
         if self._service is None:
             return
-        self._members = msgspec.json.decode(members_json, type=tuple[Member, ...])
-        self._service.set_members(self._members)
+        told = msgspec.json.decode(members_json, type=Membership)
+        self._members = told.members
+        self._service.set_members(told.members, told.num_gateways)
         current = {(member.instance, member.epoch) for member in self._members}
         for gone in self._watched.keys() - current:
             self._watched.pop(gone).cancel()

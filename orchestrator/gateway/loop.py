@@ -43,8 +43,8 @@ class GatewayLoop:
             tasks.create_task(self._receive())
             tasks.create_task(self._tick())
 
-    def set_members(self, members: Iterable[Incarnation]) -> None:
-        self._perform(self.router.set_members(members, self._clock()))
+    def set_members(self, members: Iterable[Incarnation], num_gateways: int) -> None:
+        self._perform(self.router.set_members(members, self._clock(), num_gateways))
 
     def member_lost(self, instance: InstanceId, epoch: Epoch) -> None:
         self._perform(self.router.on_member_lost(instance, epoch, self._clock()))

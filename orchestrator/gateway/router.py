@@ -39,7 +39,7 @@ class Router:
         self._params = params
         self.counts = RouterCounts()
         self.relay = Relay()
-        self._book = DispatchBook(params.dispatch)
+        self._book = DispatchBook(params.dispatch, gateway=address)
         self._members: dict[InstanceId, Incarnation] = {}
         self._heard_s: dict[InstanceId, float] = {}
         self._lost: OrderedDict[Owner, None] = OrderedDict()
@@ -69,8 +69,8 @@ class Router:
         return len(self._flights)
 
     # ---- members
-    def set_members(self, members: Iterable[Incarnation], now_s: float) -> list[Effect]:
-        """These are the members now; whoever is not among them any more has ended."""
+    def set_members(self, members: Iterable[Incarnation], now_s: float, num_gateways: int = 1) -> list[Effect]:
+        """These are the members now; whoever is not among them any more has ended. `num_gateways` use them."""
         new = {member.instance: member for member in members if (member.instance, member.epoch) not in self._lost}
         effects: list[Effect] = []
         for known in list(self._members.values()):
@@ -81,7 +81,7 @@ class Router:
             if member.instance not in self._members:
                 self._heard_s[member.instance] = now_s
         self._members = new
-        self._book.set_members([(member.instance, member.epoch) for member in new.values()])
+        self._book.set_members([(member.instance, member.epoch) for member in new.values()], num_gateways)
         return effects + self._subscribe(now_s)
 
     def on_member_lost(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:

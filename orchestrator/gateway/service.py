@@ -82,9 +82,10 @@ class GatewayService:
             raise RuntimeError("the gateway has not started")
         return self._loop
 
-    def set_members(self, members: Iterable[Member]) -> None:
-        """These are the instances now; one that is not among them any more has ended."""
-        self.loop.set_members(Incarnation(InstanceId(one.instance), Epoch(one.epoch), one.address) for one in members)
+    def set_members(self, members: Iterable[Member], num_gateways: int = 1) -> None:
+        """These are the instances now; one that is not among them any more has ended. So many gateways use them."""
+        known = [Incarnation(InstanceId(one.instance), Epoch(one.epoch), one.address) for one in members]
+        self.loop.set_members(known, num_gateways)
 
     def member_lost(self, instance: str, epoch: int) -> None:
         """This incarnation is known to be dead."""

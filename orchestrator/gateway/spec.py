@@ -37,6 +37,14 @@ class Member(msgspec.Struct, frozen=True):
     """As the orchestrator last knew; the instance's own reports are what counts."""
 
 
+class Membership(msgspec.Struct, frozen=True):
+    """Whom a gateway may use, and who else does."""
+
+    members: tuple[Member, ...]
+    num_gateways: int
+    """That dispatch to them, this one too."""
+
+
 class GatewayStarted(msgspec.Struct, frozen=True):
     """What the actor's `start` returns."""
 

@@ -47,3 +47,9 @@ def virtual_usage_blocks(report: LoadReport, params: LoadParams = NO_HEADROOM) -
 def freeness(report: LoadReport, params: LoadParams = NO_HEADROOM) -> float:
     """(total blocks - virtual usage) / max(1, running requests); may be negative, -inf unless the instance serves."""
     return (report.total_blocks - virtual_usage_blocks(report, params)) / max(1, report.num_running)
+
+
+def growth_blocks_per_s(report: LoadReport) -> float:
+    """Blocks that the running requests take a second as they go on: each decodes one token a step. 0 before any has."""
+    block_time_s = report.step_time_s * report.block_size
+    return report.num_running / block_time_s if block_time_s > 0 else 0.0

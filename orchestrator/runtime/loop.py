@@ -85,6 +85,7 @@ class OrchestratorLoop:
         self._tokens = count(1)
         self._callers: dict[Token, asyncio.Future[Result]] = {}
         self._members: tuple[Member, ...] = ()
+        self._num_gateways = 0
         self._members_changed = asyncio.Event()
         self._gateways_know = asyncio.Event()
         self._gateways: dict[str, str] = {}
@@ -190,7 +191,7 @@ class OrchestratorLoop:
                 self._spawn(self._set_draining(effect), f"draining-{effect.instance}")
             case UpdateMembers():
                 _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
-                self._members = effect.members
+                self._members, self._num_gateways = effect.members, effect.num_gateways
                 self._members_changed.set()
                 self._gateways_know.clear()
             case FenceInstance():
@@ -283,14 +284,16 @@ class OrchestratorLoop:
         while True:
             await self._members_changed.wait()
             self._members_changed.clear()
-            members = self._members
-            await asyncio.gather(*(self._tell(actor_name, members) for actor_name in self._gateways.values()))
+            members, num_gateways = self._members, self._num_gateways
+            await asyncio.gather(
+                *(self._tell(actor_name, members, num_gateways) for actor_name in self._gateways.values())
+            )
             if not self._members_changed.is_set():
                 self._gateways_know.set()
 
-    async def _tell(self, actor_name: str, members: tuple[Member, ...]) -> None:
+    async def _tell(self, actor_name: str, members: tuple[Member, ...], num_gateways: int) -> None:
         try:
-            await self._fleet.set_members(actor_name, members, self._params.call_timeout_s)
+            await self._fleet.set_members(actor_name, members, num_gateways, self._params.call_timeout_s)
         except ActorGone:
             return  # its death notice is on its way
         except CallFailed as error:

@@ -21,8 +21,10 @@ class Fleet(Protocol):
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None: ...
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
-        """Tell a gateway who is there."""
+    async def set_members(
+        self, actor_name: str, members: tuple[Member, ...], num_gateways: int, timeout_s: float
+    ) -> None:
+        """Tell a gateway who is there, and how many gateways dispatch to them."""
 
     async def wait_dead(self, actor_name: str) -> str:
         """Return, with the reason in one line, once the actor's process is gone."""

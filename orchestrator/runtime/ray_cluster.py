@@ -226,7 +226,9 @@ class RayCluster:
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         await self._call(actor_name, "member_lost", timeout_s, instance, epoch)
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
+    async def set_members(
+        self, actor_name: str, members: tuple[Member, ...], num_gateways: int, timeout_s: float
+    ) -> None:
         told = tuple(
             gateway_spec.Member(
                 instance=member.incarnation.instance,
@@ -237,7 +239,9 @@ class RayCluster:
             )
             for member in members
         )
-        await self._call(actor_name, "set_members", timeout_s, msgspec.json.encode(told))
+        await self._call(
+            actor_name, "set_members", timeout_s, msgspec.json.encode(gateway_spec.Membership(told, num_gateways))
+        )
 
     async def wait_dead(self, actor_name: str) -> str:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from instance.messages import RequestLoad
@@ -21,7 +21,6 @@ PARAMS = st.builds(
     margin_steps=st.sampled_from([0.0, 16.0, 64.0, 512.0]),
     max_moves=st.integers(1, 8),
 )
-UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no finding."""
 World = dict[InstanceId, list[RequestLoad]]
 
@@ -76,7 +75,6 @@ def carry_out(world: World, move: Move) -> None:
     world[move.destination].append(request)
 
 
-@UNTIMED
 @given(worlds(), PARAMS, st.integers(0, 200))
 def test_every_move_pays_before_and_after_in_the_order_proposed(
     world: World, params: RebalanceParams, waiting_blocks: int
@@ -97,14 +95,12 @@ def test_every_move_pays_before_and_after_in_the_order_proposed(
         assert freeness_steps(loads[move.source]) > freeness_steps(source)
 
 
-@UNTIMED
 @given(worlds(), PARAMS, st.integers(0, 200))
 def test_it_plans_what_the_slow_version_does(world: World, params: RebalanceParams, waiting_blocks: int) -> None:
     views = views_of(world, waiting_blocks)
     assert plan_rebalance(views, NOBODY_RESTS, params) == slow_rebalance.plan_rebalance(views, NOBODY_RESTS, params)
 
 
-@UNTIMED
 @given(worlds(), PARAMS, st.randoms(use_true_random=False))
 def test_the_same_views_give_the_same_plan_in_whatever_order_they_come(
     world: World, params: RebalanceParams, random: object
@@ -115,7 +111,6 @@ def test_the_same_views_give_the_same_plan_in_whatever_order_they_come(
     assert plan_rebalance(tuple(views), NOBODY_RESTS, params) == expected
 
 
-@UNTIMED
 @given(worlds(), PARAMS)
 def test_in_a_closed_loop_without_any_rest_moving_comes_to_an_end_and_nothing_returns_at_once(
     world: World, params: RebalanceParams
@@ -134,7 +129,6 @@ def test_in_a_closed_loop_without_any_rest_moving_comes_to_an_end_and_nothing_re
     raise AssertionError("it never comes to rest")
 
 
-@UNTIMED
 @given(worlds(), PARAMS)
 def test_the_poorest_instance_never_gets_poorer(world: World, params: RebalanceParams) -> None:
     poorest = min(freeness_steps(view.load) for view in views_of(world))
@@ -143,7 +137,6 @@ def test_the_poorest_instance_never_gets_poorer(world: World, params: RebalanceP
     assert min(freeness_steps(view.load) for view in views_of(world)) >= poorest
 
 
-@UNTIMED
 @given(worlds(), PARAMS)
 def test_what_rests_cannot_move_and_limits_are_kept(world: World, params: RebalanceParams) -> None:
     free = plan_rebalance(views_of(world), NOBODY_RESTS, params)
@@ -158,7 +151,6 @@ def test_what_rests_cannot_move_and_limits_are_kept(world: World, params: Rebala
     assert len({move.request_id for move in free}) == len(free)
 
 
-@UNTIMED
 @given(worlds())
 def test_a_drain_empties_its_instance_of_all_that_moves_and_fits_and_sends_nothing_to_it(world: World) -> None:
     draining = next(iter(world))

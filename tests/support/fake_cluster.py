@@ -62,7 +62,9 @@ class FakeCluster:
         self._check(actor_name)
         self.fenced.append((actor_name, instance, epoch))
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
+    async def set_members(
+        self, actor_name: str, members: tuple[Member, ...], num_gateways: int, timeout_s: float
+    ) -> None:
         self._check(actor_name)
         self.members[actor_name] = members
         self.told.set()

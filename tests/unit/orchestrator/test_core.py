@@ -111,7 +111,17 @@ def test_gateways_hear_of_each_instance_that_starts() -> None:
     assert isinstance(told, UpdateMembers)
     assert [member.incarnation.instance for member in told.members] == [A]
     (told,) = play.on(GatewayStarted("gateway-0", "kvferry-gateway-0", "http://127.0.0.1:8000"))
-    assert isinstance(told, UpdateMembers) and len(told.members) == 1
+    assert isinstance(told, UpdateMembers) and len(told.members) == 1 and told.num_gateways == 1
+
+
+def test_gateways_hear_how_many_they_are() -> None:
+    play = Play()
+    for number in range(2):
+        (told,) = play.on(GatewayStarted(f"gateway-{number}", f"kvferry-gateway-{number}", "http://127.0.0.1:8000"))
+    assert isinstance(told, UpdateMembers) and told.num_gateways == 2
+    (told,) = play.on(GatewayLost("gateway-0", "killed"))
+    assert isinstance(told, UpdateMembers) and told.num_gateways == 1
+    assert play.on(GatewayLost("gateway-0", "killed")) == [], "said once"
 
 
 def test_a_lost_instance_is_fenced_at_its_peers_and_leaves_the_membership() -> None:
@@ -156,7 +166,7 @@ def test_too_many_instances_are_an_error_that_changes_nothing() -> None:
 def test_a_lost_gateway_is_shown_as_such() -> None:
     play = Play()
     play.on(GatewayStarted("gateway-0", "kvferry-gateway-0", "http://127.0.0.1:8000"))
-    assert play.on(GatewayLost("gateway-0", "killed")) == []
+    play.on(GatewayLost("gateway-0", "killed"))
     assert [item.alive for item in play.core.snapshot(play.now_s).gateways] == [False]
 
 
