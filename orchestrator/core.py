@@ -45,7 +45,7 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.policy.drain import plan_drain
-from orchestrator.policy.moves import InstanceView, Move
+from orchestrator.policy.moves import InstanceView, Move, smooth_copy_time
 from orchestrator.policy.rebalance import Resting, plan_rebalance
 from orchestrator.resting import RestingPlace
 from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
@@ -314,6 +314,8 @@ class Orchestrator:
             return []
         ended = view.ended(record, event, now_s)
         self._history.append(ended)
+        if event.outcome is Outcome.COMMITTED:
+            self._learn_copy_time(record.source.instance, event)
         rest = self._params.rebalance
         self._drain_rests.rest(record.request_id, now_s + self._params.drain.retry_s)
         self._request_rests.rest(record.request_id, now_s + rest.rest_s)
@@ -325,6 +327,12 @@ class Orchestrator:
             if instance in self._instances:
                 effects += self._check_drained(self._instances[instance])
         return effects
+
+    def _learn_copy_time(self, source: InstanceId, event: MigrationEnded) -> None:
+        record, figures = self._instances.get(source), event.figures
+        if record is not None:
+            num_blocks = figures.copied_blocks + figures.tail_blocks
+            record.copy_s_per_block = smooth_copy_time(record.copy_s_per_block, num_blocks, figures.duration_s)
 
     # ------------------------------------------------------------------ tests
     def check_integrity(self) -> None:

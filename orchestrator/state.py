@@ -53,6 +53,8 @@ class InstanceRecord:
     load_at_s: float = 0.0
     requests: tuple[RequestLoad, ...] = ()
     requests_at_s: float = 0.0
+    copy_s_per_block: float = 0.0
+    """What a block takes that one of its migrations copies, smoothed; 0: it has sent nothing yet."""
     draining_set_at_s: float | None = None
     """When the instance confirmed that it takes nothing new; None: it has not (yet)."""
     drained: bool = False

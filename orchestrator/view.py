@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,8 +31,11 @@ _MAX_NAMED = 5
 def instance_views(
     instances: list[InstanceRecord], in_flight: list[MigrationRecord], params: CoreParams, now_s: float
 ) -> tuple[InstanceView, ...]:
-    """The live instances whose report is fresh, with the moves in flight counted as if they had been made."""
+    """The live instances whose report is fresh, with the moves in flight counted as if they had been made. A source
+    that has sent nothing yet is taken to copy as the others do."""
     moving = {record.request_id for record in in_flight}
+    known_s = [record.copy_s_per_block for record in instances if record.copy_s_per_block > 0]
+    usual_s = statistics.median(known_s) if known_s else 0.0
     views: list[InstanceView] = []
     for record in instances:
         if record.load is None or now_s - record.load_at_s > params.stale_after_s:
@@ -47,6 +51,7 @@ def instance_views(
                 slots_out=max(0, params.max_migrations_out - len(leaving)),
                 slots_in=max(0, params.max_migrations_in - len(joining)),
                 signal_age_s=now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
+                copy_s_per_block=record.copy_s_per_block or usual_s,
             )
         )
     return tuple(views)

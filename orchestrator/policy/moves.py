@@ -24,6 +24,8 @@ class InstanceView:
     """Migrations it may still send at once."""
     slots_in: int
     signal_age_s: float
+    copy_s_per_block: float = 0.0
+    """What its migrations have taken of late for a block that was copied; 0: not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,42 @@ class Move:
     reason: str
     signal_age_s: float
     """Age of the older of the two reports it rests on."""
+
+
+YOUNG_TOKENS = 64
+"""A request is expected to give at least so many tokens more, as far as it may."""
+COPY_TIME_WEIGHT = 0.2
+"""Weight of the newest migration in the smoothed time of a block: about the last ten count."""
+
+
+def smooth_copy_time(previous_s: float, num_blocks: int, duration_s: float) -> float:
+    """Exponentially weighted mean of the seconds a copied block took; the first migration counts whole."""
+    if num_blocks <= 0 or duration_s <= 0:
+        return previous_s
+    observed_s = duration_s / num_blocks
+    return observed_s if previous_s == 0.0 else previous_s + COPY_TIME_WEIGHT * (observed_s - previous_s)
+
+
+def expected_steps(request: RequestLoad) -> int:
+    """Decode steps it is expected to go on: as many as it has made, within its bound.
+
+    Lengths of answers have heavy tails, where what is still to come grows with what has been (a Pareto tail of exponent
+    2, that of the Zipf lengths in llumnix.md, has a mean residual equal to the present length).
+    """
+    return max(0, min(request.max_tokens - request.num_output_tokens, max(request.num_output_tokens, YOUNG_TOKENS)))
+
+
+def copy_steps(view: InstanceView, request: RequestLoad) -> float:
+    """Decode steps the source makes while the request is copied; 0 while nothing is known of either."""
+    step_time_s = view.load.step_time_s
+    return request.num_blocks * view.copy_s_per_block / step_time_s if step_time_s > 0 else 0.0
+
+
+def outlives_its_copy(view: InstanceView, request: RequestLoad) -> bool:
+    """Whether more is gained than it costs, both in decode steps of the source: while the copy goes on, both instances
+    hold the request's blocks; afterwards the source is rid of them for as long as the request lives. So it must be
+    expected to live for twice the time of its copy."""
+    return expected_steps(request) >= 2 * copy_steps(view, request)
 
 
 def freeness_steps(load: LoadReport) -> float:

@@ -2,7 +2,8 @@
 
 First rule: repeatedly pair the instance with the lowest freeness with the one with the highest. The source must be
 short of memory, the destination not, and the move must pay: also after it the destination is freer than the source, by
-a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made. A
+a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made.
+Nor is one whose copy would take so long that the request had better stay: it must be expected to live twice as long. A
 blocked head of the queue makes freeness negative, hence its instance a source: room is made for it (defragmentation).
 """
 
@@ -22,6 +23,7 @@ from orchestrator.policy.moves import (
     after_joining,
     after_leaving,
     freeness_steps,
+    outlives_its_copy,
     spare_blocks,
     steps_left,
 )
@@ -123,7 +125,10 @@ class _Plan:
         movable = [
             request
             for request in source.view.requests
-            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in self._taken
+            if request.movable
+            and request.status == _RUNNING
+            and RequestId(request.request_id) not in self._taken
+            and outlives_its_copy(source.view, request)
         ]
         smallest = min((request.num_blocks for request in movable), default=None)
         if smallest is None:

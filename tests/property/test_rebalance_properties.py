@@ -21,7 +21,6 @@ PARAMS = st.builds(
     margin_steps=st.sampled_from([0.0, 16.0, 64.0, 512.0]),
     max_moves=st.integers(1, 8),
 )
-"""A busy machine is no finding."""
 World = dict[InstanceId, list[RequestLoad]]
 
 
@@ -39,7 +38,12 @@ def worlds(draw: st.DrawFn) -> World:
             number += 1
             requests.append(
                 request_load(
-                    f"r{number:03}", size, priority=draw(st.integers(0, 2)), movable=draw(st.integers(0, 9)) > 0
+                    f"r{number:03}",
+                    size,
+                    priority=draw(st.integers(0, 2)),
+                    movable=draw(st.integers(0, 9)) > 0,
+                    num_output_tokens=draw(st.sampled_from([0, 1, 100, 900])),
+                    max_tokens=1000,
                 )
             )
         world[InstanceId(f"instance-{index}")] = requests
@@ -47,7 +51,11 @@ def worlds(draw: st.DrawFn) -> World:
 
 
 def view_of(
-    instance: InstanceId, requests: list[RequestLoad], waiting_blocks: int = 0, draining: bool = False
+    instance: InstanceId,
+    requests: list[RequestLoad],
+    waiting_blocks: int = 0,
+    draining: bool = False,
+    copy_s_per_block: float = 0.0,
 ) -> InstanceView:
     free_blocks = TOTAL_BLOCKS - sum(request.num_blocks for request in requests)
     load = load_report(
@@ -59,12 +67,12 @@ def view_of(
         num_waiting=1 if waiting_blocks else 0,
         head_of_line_blocks=waiting_blocks,
     )
-    return InstanceView(instance, load, tuple(requests), draining, slots_out=4, slots_in=4, signal_age_s=0.1)
+    return InstanceView(instance, load, tuple(requests), draining, 4, 4, 0.1, copy_s_per_block)
 
 
-def views_of(world: World, waiting_blocks: int = 0) -> tuple[InstanceView, ...]:
+def views_of(world: World, waiting_blocks: int = 0, copy_s_per_block: float = 0.0) -> tuple[InstanceView, ...]:
     return tuple(
-        view_of(instance, requests, waiting_blocks if index == 0 else 0)
+        view_of(instance, requests, waiting_blocks if index == 0 else 0, copy_s_per_block=copy_s_per_block)
         for index, (instance, requests) in enumerate(world.items())
     )
 
@@ -95,9 +103,26 @@ def test_every_move_pays_before_and_after_in_the_order_proposed(
         assert freeness_steps(loads[move.source]) > freeness_steps(source)
 
 
-@given(worlds(), PARAMS, st.integers(0, 200))
-def test_it_plans_what_the_slow_version_does(world: World, params: RebalanceParams, waiting_blocks: int) -> None:
-    views = views_of(world, waiting_blocks)
+COPY_S_PER_BLOCK = st.sampled_from([0.0, 0.005, 0.05, 0.5])
+
+
+@given(worlds(), PARAMS, COPY_S_PER_BLOCK)
+def test_what_moves_is_expected_to_live_twice_as_long_as_its_copy_takes(
+    world: World, params: RebalanceParams, copy_s_per_block: float
+) -> None:
+    requests = {request.request_id: request for owned in world.values() for request in owned}
+    for move in plan_rebalance(views_of(world, 0, copy_s_per_block), NOBODY_RESTS, params):
+        request = requests[move.request_id]
+        copy_steps = request.num_blocks * copy_s_per_block / 0.01  # load_report's step time
+        expected_steps = min(1000 - request.num_output_tokens, max(64, request.num_output_tokens))
+        assert expected_steps >= 2 * copy_steps
+
+
+@given(worlds(), PARAMS, st.integers(0, 200), COPY_S_PER_BLOCK)
+def test_it_plans_what_the_slow_version_does(
+    world: World, params: RebalanceParams, waiting_blocks: int, copy_s_per_block: float
+) -> None:
+    views = views_of(world, waiting_blocks, copy_s_per_block)
     assert plan_rebalance(views, NOBODY_RESTS, params) == slow_rebalance.plan_rebalance(views, NOBODY_RESTS, params)
 
 

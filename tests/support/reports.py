@@ -51,6 +51,8 @@ def request_load(
     status: str = "running",
     priority: int = 0,
     movable: bool = True,
+    num_output_tokens: int = 1,
+    max_tokens: int = 1000,
 ) -> RequestLoad:
     return RequestLoad(
         request_id=request_id,
@@ -58,8 +60,8 @@ def request_load(
         status=status,
         priority=priority,
         num_prompt_tokens=num_blocks * BLOCK_SIZE - 1,
-        num_output_tokens=1,
-        max_tokens=1000,
+        num_output_tokens=num_output_tokens,
+        max_tokens=max_tokens,
         num_blocks=num_blocks,
         arrived_s=1.0,
         movable=movable,

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import RequestId
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import (
+    InstanceView,
+    Move,
+    after_joining,
+    after_leaving,
+    freeness_steps,
+    outlives_its_copy,
+)
 from orchestrator.policy.rebalance import RebalanceParams, Resting
 
 _RUNNING = "running"
@@ -85,7 +92,10 @@ def _best_move(
         (
             request
             for request in source.view.requests
-            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in taken
+            if request.movable
+            and request.status == _RUNNING
+            and RequestId(request.request_id) not in taken
+            and outlives_its_copy(source.view, request)
         ),
         key=_order,
     )

@@ -79,8 +79,10 @@ class Play:
         effects = self.on(ReportReceived(load))
         return effects + self.on(RequestsReceived(request_report(instance, *requests, step=self.step)))
 
-    def ends(self, number: int, outcome: Outcome = Outcome.COMMITTED) -> list[Effect]:
-        return self.on(MigrationEnded(MigrationNumber(number), outcome, "because", MigrationFigures()))
+    def ends(
+        self, number: int, outcome: Outcome = Outcome.COMMITTED, figures: MigrationFigures | None = None
+    ) -> list[Effect]:
+        return self.on(MigrationEnded(MigrationNumber(number), outcome, "because", figures or MigrationFigures()))
 
 
 def started(instance: InstanceId, epoch: int = 1) -> InstanceStarted:
@@ -382,6 +384,20 @@ def test_a_moved_request_rests() -> None:
     crowded(play)  # as if the reports were late and still listed them
     later = starts(play.on(Ticked()))
     assert later and not {move.request_id for move in first} & {move.request_id for move in later}
+
+
+def test_a_request_that_is_nearly_done_is_not_moved_once_copies_are_known_to_take_longer() -> None:
+    """Steps of 10 ms; a block has taken 5 ms, so 32 blocks take 16 steps, and 31 more tokens are too few for them."""
+    play = Play()
+    crowded(play)
+    first = starts(play.on(Ticked()))
+    for move in first:
+        play.ends(move.number, figures=MigrationFigures(copied_blocks=30, tail_blocks=2, duration_s=0.16))
+    play.now_s += 11
+    owned = [request_load(f"s{n:02}", 32, num_output_tokens=1000 - left) for n, left in enumerate([31] * 29 + [32])]
+    play.reports(A, *owned)
+    play.reports(B)
+    assert [move.request_id for move in starts(play.on(Ticked()))] == ["s29"]
 
 
 def test_a_blocked_head_of_the_queue_makes_room_for_itself() -> None:
