@@ -74,6 +74,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         ),
     ] = None,
     copy_mb_per_s: Annotated[float | None, _option(_COPIES, "COPY_MB_PER_S", _COPIES_SUIT, _CARRIAGE)] = None,
+    dispatch: Annotated[
+        str | None, _option("New requests go by freeness, or round-robin to compare.", "DISPATCH", "freeness", _TUNING)
+    ] = None,
     rebalance: Annotated[
         bool | None,
         typer.Option(
@@ -116,6 +119,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "carrier": carrier,
         "carrier_checksum": carrier_checksum,
         "copy_mb_per_s": copy_mb_per_s,
+        "dispatch": dispatch,
         "rebalance": rebalance,
         "tick_s": tick_s,
         "threshold_steps": threshold_steps,

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from instance.spec import Carrier
 from orchestrator.errors import ConfigError
+from orchestrator.policy.dispatch import Rule
 
 PREFIX = "KVFERRY_"
 DEFAULT_ADMIN = "127.0.0.1:50051"
@@ -53,6 +54,7 @@ class ServeConfig:
     carrier: Carrier = Carrier.SHM
     carrier_checksum: bool = False
     copy_mb_per_s: float = AS_SUITS
+    dispatch: Rule = Rule.FREENESS
     rebalance: bool = True
     tick_s: float = 0.5
     threshold_steps: float = 512.0

@@ -154,7 +154,8 @@ class Orchestrator:
         return [self._update_members(f"{event.gateway} was lost")]
 
     def _update_members(self, reason: str) -> UpdateMembers:
-        return view.members(list(self._instances.values()), list(self._gateways.values()), reason)
+        instances, gateways = list(self._instances.values()), list(self._gateways.values())
+        return view.members(instances, gateways, self._params, reason)
 
     # ------------------------------------------------------------------ what they say
     def _on_report(self, event: ReportReceived, now_s: float) -> list[Effect]:

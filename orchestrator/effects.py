@@ -8,6 +8,7 @@ from instance.lifecycle import State
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
 from orchestrator.events import MigrationNumber, Token
+from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.state import MigrationRecord
 
 
@@ -51,6 +52,7 @@ class UpdateMembers:
     members: tuple[Member, ...]
     num_gateways: int
     """That dispatch to them: each reckons with what the others send between two reports."""
+    dispatch: DispatchParams
     reason: str
 
 

@@ -8,6 +8,7 @@ from instance.lifecycle import State
 from instance.messages import LoadReport, RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 from orchestrator.events import MigrationFigures, MigrationNumber, Token
+from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
 from orchestrator.policy.rebalance import RebalanceParams
 
@@ -18,6 +19,8 @@ class CoreParams:
 
     rebalance: RebalanceParams = field(default_factory=RebalanceParams)
     drain: DrainParams = field(default_factory=DrainParams)
+    dispatch: DispatchParams = field(default_factory=DispatchParams)
+    """Gateways are told with their members."""
     is_rebalancing: bool = True
     """False: requests move by command and by drain only."""
     max_migrations_out: int = 2

@@ -68,10 +68,12 @@ def _after(load: LoadReport, leaving: list[MigrationRecord], joining: list[Migra
     return load
 
 
-def members(instances: list[InstanceRecord], gateways: list[GatewayRecord], reason: str) -> UpdateMembers:
+def members(
+    instances: list[InstanceRecord], gateways: list[GatewayRecord], params: CoreParams, reason: str
+) -> UpdateMembers:
     ordered = sorted(instances, key=lambda record: record.instance)
     told = tuple(Member(item.incarnation, item.actor_name, item.state) for item in ordered)
-    return UpdateMembers(told, sum(gateway.alive for gateway in gateways), reason)
+    return UpdateMembers(told, sum(gateway.alive for gateway in gateways), params.dispatch, reason)
 
 
 def is_empty(record: InstanceRecord) -> bool:

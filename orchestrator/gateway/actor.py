@@ -45,6 +45,7 @@ class GatewayActor:
             return
         told = msgspec.json.decode(members_json, type=Membership)
         self._members = told.members
+        self._service.set_dispatch(told.dispatch)
         self._service.set_members(told.members, told.num_gateways)
         current = {(member.instance, member.epoch) for member in self._members}
         for gone in self._watched.keys() - current:

@@ -11,6 +11,7 @@ from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.router import Router
 from orchestrator.gateway.types import Deliver, Effect, Fail, Forget, Outgoing, RouterParams, Send
+from orchestrator.policy.dispatch import DispatchParams
 
 TICK_S = 0.05
 
@@ -45,6 +46,9 @@ class GatewayLoop:
 
     def set_members(self, members: Iterable[Incarnation], num_gateways: int) -> None:
         self._perform(self.router.set_members(members, self._clock(), num_gateways))
+
+    def set_dispatch(self, params: DispatchParams) -> None:
+        self.router.set_dispatch(params)
 
     def member_lost(self, instance: InstanceId, epoch: Epoch) -> None:
         self._perform(self.router.on_member_lost(instance, epoch, self._clock()))

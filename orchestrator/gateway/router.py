@@ -40,6 +40,7 @@ class Router:
         self.counts = RouterCounts()
         self.relay = Relay()
         self._book = DispatchBook(params.dispatch, gateway=address)
+        self.set_dispatch = self._book.set_params
         self._members: dict[InstanceId, Incarnation] = {}
         self._heard_s: dict[InstanceId, float] = {}
         self._lost: OrderedDict[Owner, None] = OrderedDict()
@@ -77,9 +78,8 @@ class Router:
             kept = new.get(known.instance)
             if kept is None or kept.epoch != known.epoch:
                 effects += self._lose(known.instance, known.epoch, now_s)
-        for member in new.values():
-            if member.instance not in self._members:
-                self._heard_s[member.instance] = now_s
+        for name in new:
+            self._heard_s.setdefault(name, now_s)
         self._members = new
         self._book.set_members([(member.instance, member.epoch) for member in new.values()], num_gateways)
         return effects + self._subscribe(now_s)
@@ -283,7 +283,7 @@ class Router:
 
     def _seen(self, now_s: float) -> dict[Owner, int]:
         """Up to which of our submissions each member has received them, by its report, if that is fresh."""
-        max_age_s = self._params.dispatch.max_report_age_s
+        max_age_s = self._book.params.max_report_age_s
         fresh = (one for one in self.view(now_s).instances if one.report_age_s <= max_age_s)
         return {(one.instance, one.epoch): one.report.submits_seen for one in fresh}
 

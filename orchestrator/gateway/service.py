@@ -33,6 +33,7 @@ from orchestrator.gateway.http import MIDDLEWARE, add_routes, bind
 from orchestrator.gateway.loop import GatewayLoop
 from orchestrator.gateway.spec import GatewayConfig, GatewayStarted, Member
 from orchestrator.gateway.types import RouterParams
+from orchestrator.policy.dispatch import DispatchParams
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class GatewayService:
         """These are the instances now; one that is not among them any more has ended. So many gateways use them."""
         known = [Incarnation(InstanceId(one.instance), Epoch(one.epoch), one.address) for one in members]
         self.loop.set_members(known, num_gateways)
+
+    def set_dispatch(self, params: DispatchParams) -> None:
+        """Choose instances by these from now on."""
+        self.loop.set_dispatch(params)
 
     def member_lost(self, instance: str, epoch: int) -> None:
         """This incarnation is known to be dead."""

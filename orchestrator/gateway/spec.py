@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.policy.dispatch import DispatchParams
+
 
 class GatewayConfig(msgspec.Struct, frozen=True):
     """One gateway to start."""
@@ -43,6 +45,8 @@ class Membership(msgspec.Struct, frozen=True):
     members: tuple[Member, ...]
     num_gateways: int
     """That dispatch to them, this one too."""
+    dispatch: DispatchParams = DispatchParams()
+    """How an instance is chosen."""
 
 
 class GatewayStarted(msgspec.Struct, frozen=True):

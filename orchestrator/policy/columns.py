@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,22 @@ from instance.messages import LoadReport
 from migration.types import Epoch
 from orchestrator.policy.load import LoadParams, growth_blocks_per_s, virtual_usage_blocks
 
+Scores = npt.NDArray[np.float64]
+"""One of each row."""
+
+
+class Rule(Enum):
+    """By what an instance is chosen among those that can take a request."""
+
+    FREENESS = "freeness"
+    """The one with the most decode steps left with it."""
+    ROUND_ROBIN = "round-robin"
+    """Each in turn, whatever its load: what the other is measured against (`bench/policy_live.py`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class DispatchParams:
+    rule: Rule = Rule.FREENESS
     max_report_age_s: float = 3.0
     """An instance that has said nothing for so long gets no new request."""
     slow_start_s: float = 10.0
@@ -133,7 +147,7 @@ class Columns:
     def is_usable(self, row: int) -> bool:
         return self._usable[row]
 
-    def scores(self, demand_blocks: int, now_s: float, left_out: Sequence[int] = ()) -> npt.NDArray[np.float64]:
+    def scores(self, demand_blocks: int, now_s: float, left_out: Sequence[int] = ()) -> Scores:
         """Freeness of each with this request on it, in decode steps; higher is better; -inf: not to be chosen, as those
         `left_out`. Instances too small for it count only where no other is left.
 
@@ -143,8 +157,8 @@ class Columns:
 
         An old report is trusted less: what its running requests need as they go on is taken off for its age.
         """
-        spare: npt.NDArray[np.float64] = self.spare - (now_s - self.reported_s) * self.growth_per_s - demand_blocks
-        steps: npt.NDArray[np.float64] = spare / self.batch
+        spare: Scores = self.spare - (now_s - self.reported_s) * self.growth_per_s - demand_blocks
+        steps: Scores = spare / self.batch
         if now_s < self._all_warm_s:
             risen = (now_s - self.first_report_s) / self._params.slow_start_s
             steps *= np.clip(risen, self._params.slow_start_share, 1.0)

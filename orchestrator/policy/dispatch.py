@@ -8,6 +8,7 @@ hold the two together. A choice filters, scores and picks; the instance may stil
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Collection
@@ -16,9 +17,18 @@ from dataclasses import dataclass
 from instance.lifecycle import State
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.columns import Columns, Dispatch, DispatchParams, Entry
+from orchestrator.policy.columns import Columns, Dispatch, DispatchParams, Entry, Rule, Scores
 
-__all__ = ["Choice", "ClusterView", "DispatchBook", "DispatchParams", "InstanceView", "NoChoice", "demand_blocks"]
+__all__ = [
+    "Choice",
+    "ClusterView",
+    "DispatchBook",
+    "DispatchParams",
+    "InstanceView",
+    "NoChoice",
+    "Rule",
+    "demand_blocks",
+]
 
 MAX_SEEN_KEPT = 4096
 """Dispatches that have been seen are dropped from the list by age once there are so many."""
@@ -94,6 +104,18 @@ class DispatchBook:
         self._sent: deque[tuple[float, InstanceId, Epoch, int]] = deque()
         """(when, to whom, sequence), oldest first: what may have to be forgotten. Some have been seen since."""
         self._num_unseen = 0
+        self._last_row = -1
+        """Chosen last, for taking turns."""
+
+    @property
+    def params(self) -> DispatchParams:
+        return self._params
+
+    def set_params(self, params: DispatchParams) -> None:
+        """Choose by these from now on."""
+        if params != self._params:
+            self._params = params
+            self._columns = Columns(list(self._entries.values()), params, self._num_gateways)
 
     # ---- members and what they say
     def set_members(self, members: Collection[tuple[InstanceId, Epoch]], num_gateways: int | None = None) -> None:
@@ -184,15 +206,24 @@ class DispatchBook:
         if not num_candidates:
             return self._nobody(now_s)
         scores = columns.scores(demand_blocks, now_s, left_out)
-        row = int(scores.argmax())
-        best = (scores == scores[row]).nonzero()[0]
-        if len(best) > 1:
-            row = int(best[columns.unseen[best].argmin()])
+        row = self._next(scores) if self._params.rule is Rule.ROUND_ROBIN else self._best(scores)
         name = self._names[row]
         entry = self._entries[name]
         dispatched = f"{len(entry.unseen)} dispatched since its report"
-        reason = f"score {scores[row]:.2f} highest of {num_candidates} ({dispatched})"
+        why = "next" if self._params.rule is Rule.ROUND_ROBIN else f"score {scores[row]:.2f} highest"
+        reason = f"{why} of {num_candidates} ({dispatched})"
         return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s))
+
+    def _best(self, scores: Scores) -> int:
+        row = int(scores.argmax())
+        best = (scores == scores[row]).nonzero()[0]
+        return int(best[self._columns.unseen[best].argmin()]) if len(best) > 1 else row
+
+    def _next(self, scores: Scores) -> int:
+        possible = (scores > -math.inf).nonzero()[0]
+        later = possible[possible > self._last_row]
+        self._last_row = int(later[0] if len(later) else possible[0])
+        return self._last_row
 
     def _nobody(self, now_s: float) -> NoChoice:
         view = self.view(now_s)

@@ -15,6 +15,7 @@ from orchestrator.admin.service import AdminServer
 from orchestrator.core import Orchestrator
 from orchestrator.errors import StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
+from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.runtime.journal import Journal
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
@@ -94,6 +95,7 @@ def _core_params(spec: OrchestratorSpec) -> CoreParams:
         rebalance=RebalanceParams(
             threshold_steps=spec.threshold_steps, margin_steps=spec.margin_steps, rest_s=spec.rest_s
         ),
+        dispatch=DispatchParams(rule=spec.dispatch),
         is_rebalancing=spec.rebalance,
         max_migrations_out=spec.max_migrations,
         max_migrations_in=spec.max_migrations,

@@ -128,6 +128,7 @@ async def compose(
         instances=instance_seats,
         gateways=gateway_seats,
         tick_s=config.tick_s,
+        dispatch=config.dispatch,
         rebalance=config.rebalance,
         threshold_steps=config.threshold_steps,
         margin_steps=config.margin_steps,

@@ -84,8 +84,8 @@ class OrchestratorLoop:
         self._stopping = asyncio.Event()
         self._tokens = count(1)
         self._callers: dict[Token, asyncio.Future[Result]] = {}
-        self._members: tuple[Member, ...] = ()
-        self._num_gateways = 0
+        self._told: UpdateMembers | None = None
+        """What gateways are to know."""
         self._members_changed = asyncio.Event()
         self._gateways_know = asyncio.Event()
         self._gateways: dict[str, str] = {}
@@ -191,7 +191,7 @@ class OrchestratorLoop:
                 self._spawn(self._set_draining(effect), f"draining-{effect.instance}")
             case UpdateMembers():
                 _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
-                self._members, self._num_gateways = effect.members, effect.num_gateways
+                self._told = effect
                 self._members_changed.set()
                 self._gateways_know.clear()
             case FenceInstance():
@@ -279,21 +279,24 @@ class OrchestratorLoop:
             if self._journal is not None:
                 self._journal.flush()
 
+    @property
+    def _members(self) -> tuple[Member, ...]:
+        return self._told.members if self._told is not None else ()
+
     async def _tell_gateways(self) -> None:
         """Push the latest membership to all gateways, one push at a time so that no older one overtakes a newer one."""
         while True:
             await self._members_changed.wait()
             self._members_changed.clear()
-            members, num_gateways = self._members, self._num_gateways
-            await asyncio.gather(
-                *(self._tell(actor_name, members, num_gateways) for actor_name in self._gateways.values())
-            )
+            told = self._told
+            if told is not None:
+                await asyncio.gather(*(self._tell(actor_name, told) for actor_name in self._gateways.values()))
             if not self._members_changed.is_set():
                 self._gateways_know.set()
 
-    async def _tell(self, actor_name: str, members: tuple[Member, ...], num_gateways: int) -> None:
+    async def _tell(self, actor_name: str, told: UpdateMembers) -> None:
         try:
-            await self._fleet.set_members(actor_name, members, num_gateways, self._params.call_timeout_s)
+            await self._fleet.set_members(actor_name, told, self._params.call_timeout_s)
         except ActorGone:
             return  # its death notice is on its way
         except CallFailed as error:

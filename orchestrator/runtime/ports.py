@@ -6,7 +6,7 @@ from typing import Protocol
 
 from instance.spec import MigrationSummary
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member
+from orchestrator.effects import UpdateMembers
 
 
 class Fleet(Protocol):
@@ -21,10 +21,8 @@ class Fleet(Protocol):
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None: ...
 
-    async def set_members(
-        self, actor_name: str, members: tuple[Member, ...], num_gateways: int, timeout_s: float
-    ) -> None:
-        """Tell a gateway who is there, and how many gateways dispatch to them."""
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
+        """Tell a gateway who is there, how many gateways dispatch to them, and how."""
 
     async def wait_dead(self, actor_name: str) -> str:
         """Return, with the reason in one line, once the actor's process is gone."""

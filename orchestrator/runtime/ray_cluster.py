@@ -20,7 +20,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RaySy
 
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member
+from orchestrator.effects import UpdateMembers
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway import spec as gateway_spec
 from orchestrator.runtime.reaper import Reaper
@@ -226,10 +226,8 @@ class RayCluster:
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         await self._call(actor_name, "member_lost", timeout_s, instance, epoch)
 
-    async def set_members(
-        self, actor_name: str, members: tuple[Member, ...], num_gateways: int, timeout_s: float
-    ) -> None:
-        told = tuple(
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
+        members = tuple(
             gateway_spec.Member(
                 instance=member.incarnation.instance,
                 epoch=member.incarnation.epoch,
@@ -237,11 +235,10 @@ class RayCluster:
                 actor_name=member.actor_name,
                 state=member.state.value,
             )
-            for member in members
+            for member in told.members
         )
-        await self._call(
-            actor_name, "set_members", timeout_s, msgspec.json.encode(gateway_spec.Membership(told, num_gateways))
-        )
+        membership = gateway_spec.Membership(members, told.num_gateways, told.dispatch)
+        await self._call(actor_name, "set_members", timeout_s, msgspec.json.encode(membership))
 
     async def wait_dead(self, actor_name: str) -> str:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.policy.dispatch import Rule
+
 
 class InstanceSeat(msgspec.Struct, frozen=True):
     """An instance that has started, and how to reach its actor."""
@@ -36,6 +38,7 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     instances: tuple[InstanceSeat, ...] = ()
     gateways: tuple[GatewaySeat, ...] = ()
     tick_s: float = 0.5
+    dispatch: Rule = Rule.FREENESS
     rebalance: bool = True
     threshold_steps: float = 512.0
     margin_steps: float = 64.0

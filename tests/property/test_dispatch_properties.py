@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice
+from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, Rule
 from orchestrator.policy.load import LoadParams
 from tests.support.idle_report import report
 from tests.support.slow_dispatch import choose_instance
@@ -151,6 +151,16 @@ def send_rounds(num_gateways: int, num_rounds: int, empty: int, full: int, told:
             book.on_dispatched(choice.instance, 5, 0.0)
             counts[choice.instance] += 1
     return counts
+
+
+@given(st.lists(st.sampled_from("abcd"), unique=True, min_size=1), st.integers(1, 12))
+def test_round_robin_takes_turns_whatever_the_load(names: list[str], num_choices: int) -> None:
+    book = DispatchBook(DispatchParams(rule=Rule.ROUND_ROBIN))
+    book.set_members([(InstanceId(name), Epoch(1)) for name in names])
+    for number, name in enumerate(names):
+        book.on_report(report(name, free_blocks=100 - 20 * number), 0.0)
+    turns = [choice.instance for _ in range(num_choices) if isinstance(choice := book.choose(5, 0.0), Choice)]
+    assert turns == [InstanceId(sorted(names)[turn % len(names)]) for turn in range(num_choices)]
 
 
 def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from instance.spec import MigrationSummary
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member
+from orchestrator.effects import Member, UpdateMembers
 from orchestrator.errors import ActorGone, CallFailed
 
 
@@ -62,11 +62,9 @@ class FakeCluster:
         self._check(actor_name)
         self.fenced.append((actor_name, instance, epoch))
 
-    async def set_members(
-        self, actor_name: str, members: tuple[Member, ...], num_gateways: int, timeout_s: float
-    ) -> None:
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
         self._check(actor_name)
-        self.members[actor_name] = members
+        self.members[actor_name] = told.members
         self.told.set()
 
     async def wait_dead(self, actor_name: str) -> str:

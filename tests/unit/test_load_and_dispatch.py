@@ -8,7 +8,7 @@ import pytest
 
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice
+from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, Rule
 from orchestrator.policy.load import LoadParams, freeness, running_blocks, virtual_usage_blocks
 from tests.support.idle_report import report
 
@@ -87,6 +87,17 @@ def test_an_instance_that_has_just_come_gets_a_part_of_its_share_at_first() -> N
     for name in ("new", "old"):
         it.on_report(report(name, free_blocks=100 if name == "new" else 40, step=2), 24.0)
     assert chosen(it, now_s=24.0) == "new", "30 blocks against four tenths of 90"
+
+
+def test_what_a_choice_goes_by_can_change_while_it_serves() -> None:
+    it = book(report("a"), report("b", free_blocks=50))
+    it.on_dispatched(InstanceId("a"), 10, 0.0)
+    it.set_params(DispatchParams(rule=Rule.ROUND_ROBIN))
+    it.check_integrity()
+    assert [chosen(it), chosen(it), chosen(it)] == ["a", "b", "a"]
+    it.set_params(AT_ONCE)
+    it.check_integrity()
+    assert chosen(it, demand=45) == "a", "what was dispatched is still counted: 45 of 1 + 1, 5 of 1 elsewhere"
 
 
 def test_an_instance_that_has_just_come_is_still_better_than_one_that_is_full() -> None:
