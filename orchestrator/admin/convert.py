@@ -90,6 +90,7 @@ def instance(snapshot: InstanceSnapshot) -> pb.Instance:
         message.num_running = load.num_running
         message.num_waiting = load.num_waiting
         message.step_time_s = load.step_time_s
+        message.num_preemptions = load.num_preemptions
         message.migrations_in = load.migrations_in
         message.migrations_out = load.migrations_out
         message.step = load.step

@@ -132,6 +132,7 @@ class Instance(_message.Message):
     DRAINED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PROCESS_ID_FIELD_NUMBER: _builtins.int
+    NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`instances/{instance}`"""
     epoch: _builtins.int
@@ -162,6 +163,8 @@ class Instance(_message.Message):
     """Why it stopped, or empty."""
     process_id: _builtins.int
     """Process on its host; 0 when unknown."""
+    num_preemptions: _builtins.int
+    """Requests its engine has put back into the queue for want of blocks, since it started."""
     def __init__(
         self,
         *,
@@ -185,10 +188,11 @@ class Instance(_message.Message):
         drained: _builtins.bool = ...,
         reason: _builtins.str = ...,
         process_id: _builtins.int = ...,
+        num_preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_freeness_steps", b"_freeness_steps", "_report_age_s", b"_report_age_s", "freeness_steps", b"freeness_steps", "report_age_s", b"report_age_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_freeness_steps", b"_freeness_steps", "_report_age_s", b"_report_age_s", "address", b"address", "block_size", b"block_size", "drained", b"drained", "epoch", b"epoch", "free_blocks", b"free_blocks", "freeness_steps", b"freeness_steps", "migrations_in", b"migrations_in", "migrations_out", b"migrations_out", "model", b"model", "name", b"name", "num_running", b"num_running", "num_waiting", b"num_waiting", "process_id", b"process_id", "reason", b"reason", "report_age_s", b"report_age_s", "reserved_blocks", b"reserved_blocks", "state", b"state", "step", b"step", "step_time_s", b"step_time_s", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_freeness_steps", b"_freeness_steps", "_report_age_s", b"_report_age_s", "address", b"address", "block_size", b"block_size", "drained", b"drained", "epoch", b"epoch", "free_blocks", b"free_blocks", "freeness_steps", b"freeness_steps", "migrations_in", b"migrations_in", "migrations_out", b"migrations_out", "model", b"model", "name", b"name", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "process_id", b"process_id", "reason", b"reason", "report_age_s", b"report_age_s", "reserved_blocks", b"reserved_blocks", "state", b"state", "step", b"step", "step_time_s", b"step_time_s", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__freeness_steps: _TypeAlias = _typing.Literal["freeness_steps"]  # noqa: Y015
     _WhichOneofArgType__freeness_steps: _TypeAlias = _typing.Literal["_freeness_steps", b"_freeness_steps"]  # noqa: Y015
