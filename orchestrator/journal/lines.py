@@ -63,7 +63,11 @@ class Entry:
 
     def effect_values(self) -> tuple[Effect, ...]:
         """Raises JournalError when one of them is not of this version."""
-        return tuple(value_of(effect) for effect in self.effects)
+        effects = tuple(value_of(effect) for effect in self.effects)
+        for effect in effects:
+            if type(effect) not in _EFFECTS:
+                raise JournalError(f"{type(effect).__name__} is no effect of this version")
+        return effects
 
 
 Line = Checkpoint | Entry
@@ -139,7 +143,7 @@ class LineReader:
         """Raises JournalError with what is wrong; the caller knows the file and the line."""
         try:
             written = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise JournalError(f"it is not JSON: {error}") from error
         if not isinstance(written, dict):
             raise JournalError("it is no line of a journal")
@@ -147,7 +151,7 @@ class LineReader:
             if "kvferry_journal" in written:
                 return self._checkpoint(written)
             return self._entry(written)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise JournalError(f"it is no line of a journal ({type(error).__name__}: {error})") from error
 
     def _checkpoint(self, written: dict[str, Any]) -> Checkpoint:
@@ -193,10 +197,6 @@ class LineReader:
             raise JournalError("a report is of the wrong kind")
         self._last[kind, report.instance] = report
         return report
-
-
-def is_effect(value: object) -> bool:
-    return type(value) in _EFFECTS
 
 
 def begins_a_journal(text: bytes) -> bool:

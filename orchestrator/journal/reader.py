@@ -45,7 +45,11 @@ class JournalFiles:
     def __init__(self, path: Path) -> None:
         """`path`: as given to --journal, for all its parts; or one part, such as FILE.2. Raises JournalError."""
         self._stack = ExitStack()
-        self._files = self._opened(path)
+        try:
+            self._files = self._opened(path)
+        except JournalError:
+            self._stack.close()
+            raise
         self.num_bytes = sum(os.fstat(file.fileno()).st_size for file in self._files)
         """About; for a progress bar."""
         self.reading = Reading()

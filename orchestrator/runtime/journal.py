@@ -75,7 +75,7 @@ class Journal:
     def __init__(self, path: Path, core: Orchestrator, now_s: float, params: JournalParams | None = None) -> None:
         self._params = params or JournalParams()
         self._core = core
-        self._queue: deque[_Happened | _State] = deque()
+        self._queue: deque[_Happened | _State | threading.Event] = deque()
         self._num_lost = 0
         self._must_turn = False
         """Set by the thread; the loop answers with a `_State`."""
@@ -110,6 +110,13 @@ class Journal:
     def num_lost(self) -> int:
         """Events left out since the last that was queued: the disk is too slow."""
         return self._num_lost
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was queued is written; False: it took too long. Blocks."""
+        is_written = threading.Event()
+        self._queue.append(is_written)
+        self._has_work.set()
+        return is_written.wait(timeout_s)
 
     def close(self) -> None:
         """Write what is queued, unless the disk takes longer than `close_s`. Blocks."""
@@ -150,7 +157,10 @@ class Journal:
         parts = self._parts
         while self._queue:
             item = self._queue.popleft()
-            if isinstance(item, _State):
+            if isinstance(item, threading.Event):
+                parts.flush()
+                item.set()
+            elif isinstance(item, _State):
                 parts.checkpoint(item)
                 self._has_asked = False
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.core import Orchestrator
@@ -20,18 +21,23 @@ PROMPT = JournalParams(flush_s=0.0)
 
 
 def write_story(
-    path: Path, story: Iterable[tuple[float, Event]], params: JournalParams = PROMPT, core: CoreParams | None = None
+    path: Path,
+    story: Iterable[tuple[float, Event]],
+    params: JournalParams = PROMPT,
+    core: CoreParams | None = None,
+    *,
+    is_paced: bool = False,
 ) -> Orchestrator:
-    """A whole run: opened, told, closed."""
+    """A whole run: opened, told, closed. `is_paced`: the disk keeps up with the story."""
     made = Orchestrator(core or CoreParams())
     journal = Journal(path, made, START_S, params)
     now_s = START_S
     for gap_s, event in story:
         now_s += gap_s
-        try:
+        with suppress(LimitExceeded):
             decided(made, event, now_s, journal)
-        except LimitExceeded:
-            continue
+        if is_paced:
+            assert journal.flush(30.0)
         made.check_integrity()
     journal.close()
     return made
