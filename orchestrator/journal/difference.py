@@ -57,38 +57,38 @@ def _rows_and_columns(old: tuple[RequestLoad, ...], new: tuple[RequestLoad, ...]
             for place, request in zip(rows, new, strict=True)
         ]
     kept = [(at, place) for at, place in enumerate(rows) if place >= 0]
-    columns: dict[str, Any] = {}
-    for name in _REQUEST_FIELDS:
-        before = [getattr(old[place], name) for _, place in kept]
-        after = [getattr(new[at], name) for at, _ in kept]
-        if any(not _is_same(one, other) for one, other in zip(before, after, strict=True)):
-            columns[name] = _column(before, after, [at for at, _ in kept])
+    before = zip(*(msgspec.structs.astuple(old[place]) for _, place in kept), strict=True)
+    after = zip(*(msgspec.structs.astuple(new[at]) for at, _ in kept), strict=True)
+    columns = {
+        name: _column(ones, others, [at for at, _ in kept])
+        for name, ones, others in zip(_REQUEST_FIELDS, before, after, strict=False)
+        if ones != others
+    }
     if columns:
         written["columns"] = columns
     return written
 
 
 def _requests(old: tuple[RequestLoad, ...], written: dict[str, Any]) -> tuple[RequestLoad, ...]:
-    rows = written.get("rows", range(len(old)))
-    fields: list[dict[str, Any]] = []
-    kept: list[int] = []
-    for at, row in enumerate(rows):
+    values: list[list[Any]] = []
+    kept: list[list[Any]] = []
+    for row in written.get("rows", range(len(old))):
         if isinstance(row, int):
-            kept.append(at)
-            fields.append({name: getattr(old[row], name) for name in _REQUEST_FIELDS})
+            values.append(list(msgspec.structs.astuple(old[row])))
+            kept.append(values[-1])
         else:
-            fields.append({name: value_of(item) for name, item in zip(_REQUEST_FIELDS, row, strict=True)})
+            values.append([value_of(item) for item in row])
     for name, column in written.get("columns", {}).items():
-        by, exceptions = column.get("by", 0), column.get("but", [])
+        at, by, exceptions = _REQUEST_FIELDS.index(name), column.get("by", 0), column.get("but", [])
         if by:
-            for at in kept:
-                fields[at][name] = _later(fields[at][name], by)
-        for at, value in zip(exceptions[::2], exceptions[1::2], strict=True):
-            fields[at][name] = value_of(value)
-    return tuple(RequestLoad(**values) for values in fields)
+            for row in kept:
+                row[at] = _later(row[at], by)
+        for place, value in zip(exceptions[::2], exceptions[1::2], strict=True):
+            values[place][at] = value_of(value)
+    return tuple(RequestLoad(*row) for row in values)
 
 
-def _column(before: list[Any], after: list[Any], places: list[int]) -> dict[str, Any]:
+def _column(before: tuple[Any, ...], after: tuple[Any, ...], places: list[int]) -> dict[str, Any]:
     """{"by": what most have grown by (whole numbers, or milliseconds), "but": [place, value, ...] of the others}."""
     steps = Counter(step for one, other in zip(before, after, strict=True) if (step := _step(one, other)) is not None)
     by = steps.most_common(1)[0][0] if steps else 0

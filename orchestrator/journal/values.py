@@ -50,7 +50,22 @@ def value_of(written: object) -> Any:
 
 def core_state(core: Orchestrator) -> Any:
     """All the core knows, in terms of JSON; what two of its parts share is written once. Raises Unwritable."""
-    return plain(core)
+    return finished(core_snapshot(core))
+
+
+def core_snapshot(core: Orchestrator) -> Any:
+    """As `core_state`, but what can never change (the reports, most of it) is left for `finished`: a loop has to wait
+    for this one only, and another thread may do the rest."""
+    return _Writer(is_in_a_hurry=True).write(core, 0)
+
+
+def finished(snapshot: Any) -> Any:
+    """The state of a snapshot. Raises Unwritable."""
+    if isinstance(snapshot, _Later):
+        return plain(snapshot.value)
+    if isinstance(snapshot, list):
+        return [finished(item) for item in snapshot]
+    return {key: finished(item) for key, item in snapshot.items()} if isinstance(snapshot, dict) else snapshot
 
 
 def core_of(written: object) -> Orchestrator:
@@ -62,11 +77,25 @@ def core_of(written: object) -> Orchestrator:
 
 
 # ---------------------------------------------------------------------- writing
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Later:
+    """A value that is written when there is time."""
+
+    value: object
+
+
+def _never_changes(value: object) -> bool:
+    """A message, or some: their fields are values, too."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return isinstance(first, msgspec.Struct) and first.__struct_config__.frozen
+
+
 class _Writer:
     """One value. What can change, and so may be shared, gets a number when it is met first."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_in_a_hurry: bool = False) -> None:
         self._numbers: dict[int, int] = {}
+        self._is_in_a_hurry = is_in_a_hurry
 
     def write(self, value: object, depth: int) -> Any:
         kind: type = type(value)
@@ -76,6 +105,8 @@ class _Writer:
             return value
         if depth > MAX_DEPTH:
             raise Unwritable(f"values in values, more than {MAX_DEPTH} deep")
+        if self._is_in_a_hurry and _never_changes(value):
+            return _Later(value)
         if kind is tuple:
             return self._tuple(value, depth)  # type: ignore[arg-type]
         if isinstance(value, Enum):

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from orchestrator.effects import Effect
 from orchestrator.errors import JournalError
 from orchestrator.events import Event
 from orchestrator.journal.lines import VERSION, Checkpoint, LineWriter, begins_a_journal
-from orchestrator.journal.values import Unwritable, core_state
+from orchestrator.journal.values import Unwritable, core_snapshot, finished
 from orchestrator.log import fields, logger
 
 _log = logger("orchestrator")
@@ -61,6 +61,7 @@ class _State:
     """What the core knows after all that was queued before."""
 
     core: Any
+    """A `core_snapshot`, or None."""
     now_s: float
     wall_s: float
     num_lost: int
@@ -129,9 +130,9 @@ class Journal:
     def _state(self, now_s: float, num_lost: int) -> _State:
         core: Any = None
         try:
-            core = core_state(self._core)
+            core = core_snapshot(self._core)
         except Unwritable as error:
-            _log.error("the journal cannot be replayed from here on %s", fields(path=self._parts.path, reason=error))
+            _cannot_be_replayed(self._parts.path, error)
         return _State(core, now_s, time.time(), num_lost)
 
     # ------------------------------------------------------------------ the thread
@@ -193,6 +194,11 @@ class _Parts:
 
     def checkpoint(self, state: _State) -> None:
         """Begin with it: the first part, the next part, or anew in this one where something was lost."""
+        try:
+            state = replace(state, core=finished(state.core))
+        except Unwritable as error:
+            _cannot_be_replayed(self.path, error)
+            state = replace(state, core=None)
         text = self._checkpoint_line(state)
         if self._num_bytes and (self.is_nearly_full() or not self._has_room(text)):
             self._turn_over()
@@ -297,6 +303,10 @@ def _opened(path: Path) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.fchmod(descriptor, MODE)  # it may have been there, empty
     return descriptor
+
+
+def _cannot_be_replayed(path: Path, error: Unwritable) -> None:
+    _log.error("the journal can be read, but not replayed from here on %s", fields(path=path, reason=error))
 
 
 def _wall(wall_s: float) -> str:

@@ -57,9 +57,10 @@ def any_of(hint: Any) -> st.SearchStrategy[Any]:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return st.sampled_from(hint)
     if dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, msgspec.Struct)):
+        made: Any = hint
         hints = get_type_hints(hint)
         return st.fixed_dictionaries({name: any_of(hints[name]) for name in fields_of(hint)}).map(
-            lambda values: hint(**values)
+            lambda values: made(**values)
         )
     if hint is int:
         return st.integers(-(2**63), 2**63 - 1)
@@ -70,7 +71,7 @@ def any_of(hint: Any) -> st.SearchStrategy[Any]:
 
 def fields_of(kind: Any) -> tuple[str, ...]:
     if issubclass(kind, msgspec.Struct):
-        return kind.__struct_fields__
+        return tuple(kind.__struct_fields__)
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
