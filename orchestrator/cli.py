@@ -1,4 +1,4 @@
-"""The command line: `kvferry serve | status | migrate | drain | undrain | demo`. Heavy imports are inside."""
+"""The command line: `kvferry serve | status | migrate | drain | undrain | replay | demo`. Heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -100,6 +100,10 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     ] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
     journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
+    journal_part_mib: Annotated[
+        int | None, _option("MiB of a file of the journal; then the next one begins.", "JOURNAL_PART_MIB", 32)
+    ] = None,
+    journal_parts: Annotated[int | None, _option("Files of the journal kept.", "JOURNAL_PARTS", 4)] = None,
     log_level: Annotated[str | None, _option("Of our own log lines.", "LOG_LEVEL", "INFO")] = None,
     config_file: Annotated[
         Path | None,
@@ -128,6 +132,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "max_migrations": max_migrations,
         "start_timeout_s": start_timeout_s,
         "journal": journal,
+        "journal_part_mib": journal_part_mib,
+        "journal_parts": journal_parts,
         "log_level": log_level,
         "engine": engine,
     }
@@ -197,6 +203,28 @@ def undrain(
     with AdminClient(config.admin_address(admin)) as client:
         client.undrain(instance)
     print(f"{instance} serves again")
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="As given to `serve --journal`, or one part of it such as FILE.1.")],
+    request: Annotated[
+        str | None, typer.Option("--request", metavar="ID", help="Only of this request: its id or a prefix.")
+    ] = None,
+    instance: Annotated[str | None, typer.Option("--instance", metavar="NAME", help="Only of this instance.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="TIME", help="Seconds after its beginning, or UTC as in 2026-11-22T10:30."),
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="As --since.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Explain a journal: what was decided, when and why. Exit status 1 when the core would decide otherwise now."""
+    from orchestrator import cli_replay as told  # noqa: PLC0415
+
+    status = told.show(file, told.wanted(request, instance, since, until), as_json)
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()

@@ -63,6 +63,8 @@ class ServeConfig:
     max_migrations: int = 2
     start_timeout_s: float = 300.0
     journal: str = ""
+    journal_part_mib: int = 32
+    journal_parts: int = 4
     log_level: str = "INFO"
     token: str = dataclasses.field(default="", repr=False)
     """The fleet's shared secret (KVFERRY_TOKEN; no flag: others can read a command line). Empty: made for the run."""
@@ -91,6 +93,9 @@ class ServeConfig:
             self.copy_mb_per_s >= 0 or self.copy_mb_per_s == AS_SUITS,
             f"--copy-mb-per-s is {self.copy_mb_per_s:g}, it must be a rate, or 0 for no limit",
         )
+        parts, part_mib = self.journal_parts, self.journal_part_mib
+        _require(1 <= part_mib <= 4096, f"--journal-part-mib is {part_mib}, it must be from 1 to 4096")
+        _require(1 <= parts <= 1000, f"--journal-parts is {parts}, it must be from 1 to 1000")
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 

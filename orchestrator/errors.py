@@ -21,6 +21,10 @@ class Unreachable(OrchestratorError):
     """Nothing answers at the admin address."""
 
 
+class JournalError(OrchestratorError):
+    """A file is no journal, or a journal cannot be read."""
+
+
 class LimitExceeded(OrchestratorError):
     """A named bound of the core would be passed. Nothing has changed."""
 

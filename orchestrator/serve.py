@@ -16,6 +16,7 @@ from orchestrator.config import Engine, ServeConfig
 from orchestrator.errors import StartUpError
 from orchestrator.runtime import checks
 from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle
+from orchestrator.runtime.journal import check_path
 from orchestrator.runtime.ray_cluster import RayCluster, Resources
 
 FORCED_EXIT = 130
@@ -26,8 +27,8 @@ def run(config: ServeConfig, console: Console) -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes both signals over
     checks.check_port(config.host, config.port, "--port")
     checks.check_port("127.0.0.1", config.admin_port, "--admin-port")
-    if config.journal and not Path(config.journal).absolute().parent.is_dir():
-        raise StartUpError(f"--journal: there is no folder {Path(config.journal).absolute().parent}")
+    if config.journal:
+        check_path(Path(config.journal), config.journal_parts)
     tensor_parallel_size = 1
     if config.engine is Engine.VLLM:
         with console.status("checking the flags with vLLM's own parser"):

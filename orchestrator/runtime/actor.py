@@ -13,11 +13,11 @@ from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator import log
 from orchestrator.admin.service import AdminServer
 from orchestrator.core import Orchestrator
-from orchestrator.errors import StartUpError
+from orchestrator.errors import JournalError, StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.rebalance import RebalanceParams
-from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.journal import Journal, JournalParams
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
 from orchestrator.runtime.ray_cluster import RayCluster
 from orchestrator.runtime.spec import OrchestratorSpec, OrchestratorStarted
@@ -46,9 +46,10 @@ class OrchestratorActor:
         except ValueError as error:
             raise StartUpError(str(error)) from error
         await self._mailbox.open(spec.host)
-        self._journal = Journal(Path(spec.journal), spec.journal_max_bytes) if spec.journal else None
+        core = Orchestrator(_core_params(spec))
+        self._journal = _journal(spec, core)
         loop = OrchestratorLoop(
-            Orchestrator(_core_params(spec)),
+            core,
             RayCluster(is_ours=False),
             self._mailbox,
             LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
@@ -85,9 +86,21 @@ class OrchestratorActor:
             self._loop.stop()
             await asyncio.wait([self._running], timeout=STOP_GRACE_S)
         if self._journal is not None:
-            self._journal.close()
+            await asyncio.to_thread(self._journal.close)
         if self._mailbox is not None:
             self._mailbox.close()
+
+
+def _journal(spec: OrchestratorSpec, core: Orchestrator) -> Journal | None:
+    if not spec.journal:
+        return None
+    params = JournalParams(max_part_bytes=spec.journal_part_bytes, max_parts=spec.journal_parts)
+    try:
+        return Journal(Path(spec.journal), core, asyncio.get_running_loop().time(), params)
+    except JournalError as error:
+        raise StartUpError(str(error)) from error
+    except OSError as error:
+        raise StartUpError(f"--journal: {error}") from error
 
 
 def _core_params(spec: OrchestratorSpec) -> CoreParams:

@@ -135,6 +135,8 @@ async def compose(
         rest_s=config.rest_s,
         max_migrations=config.max_migrations,
         journal=config.journal,
+        journal_part_bytes=config.journal_part_mib << 20,
+        journal_parts=config.journal_parts,
         log_level=config.log_level,
         token=token,
     )

@@ -43,7 +43,7 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.log import fields, logger
-from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.journal import Journal, decided
 from orchestrator.runtime.ports import Fleet
 from orchestrator.state import Snapshot
 
@@ -134,9 +134,7 @@ class OrchestratorLoop:
     def handle(self, event: Event) -> None:
         """Give the core one event and carry out what it asks for."""
         now_s = self._now_s()
-        effects = self._core.on(event, now_s)
-        if self._journal is not None:
-            self._journal.write(event, effects, now_s)
+        effects = decided(self._core, event, now_s, self._journal)
         self._watch(event)
         for effect in effects:
             self._carry_out(effect)
@@ -276,8 +274,6 @@ class OrchestratorLoop:
         while True:
             await asyncio.sleep(self._params.tick_s)
             self.handle(Ticked())
-            if self._journal is not None:
-                self._journal.flush()
 
     @property
     def _members(self) -> tuple[Member, ...]:

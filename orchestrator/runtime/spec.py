@@ -48,7 +48,8 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     migrate_timeout_s: float = 3600.0
     journal: str = ""
     """File of events and decisions; none when empty."""
-    journal_max_bytes: int = 64 << 20
+    journal_part_bytes: int = 32 << 20
+    journal_parts: int = 4
     log_level: str = "INFO"
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""

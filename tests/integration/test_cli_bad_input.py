@@ -33,7 +33,7 @@ def serve(*arguments: str) -> Done:
 def test_help_is_quick_and_lists_the_commands() -> None:
     done = kvferry("--help", timeout_s=30)
     assert done.status == 0
-    assert all(name in done.out for name in ("serve", "status", "migrate", "drain", "undrain", "demo"))
+    assert all(name in done.out for name in ("serve", "status", "migrate", "drain", "undrain", "replay", "demo"))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -115,6 +115,10 @@ def test_nothing_at_the_admin_address_is_one_line(arguments: tuple[str, ...], wo
         (("serve", "m", "--carrier", "nccl", "--carrier-checksum"), "--carrier-checksum"),
         (("serve", "m", "--config", "no-such-file.yaml"), "no-such-file.yaml"),
         (("serve", "m", "--journal", "no/such/folder/j"), "no/such/folder"),
+        (("serve", "m", "--journal", __file__), "is not a journal"),
+        (("serve", "m", "--journal", "j", "--journal-parts", "0"), "--journal-parts"),
+        (("replay", "no/such/journal"), "there is no file"),
+        (("replay", __file__), "is not a journal"),
     ],
 )
 def test_a_mistake_of_our_own_flags_is_one_line(arguments: tuple[str, ...], words: str) -> None:

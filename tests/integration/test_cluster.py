@@ -14,7 +14,7 @@ import pytest
 from instance.fake_model import FakeRequest, expected_output
 from migration.types import Epoch, Incarnation, InstanceId
 from tests.support.fleet import Gateway
-from tests.support.serving import Serving, wait_gone
+from tests.support.serving import Serving, kvferry, wait_gone
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -157,6 +157,21 @@ def test_the_journal_holds_decisions_with_their_reason_and_the_age_of_their_sign
     (journal,) = [line for line in serving.process.args if str(line).endswith("journal.jsonl")]  # type: ignore[union-attr]
     text = Path(str(journal)).read_text(encoding="utf-8")
     assert '"StartMigration"' in text and '"reason":"asked for"' in text and '"signal_age_s":' in text
+
+
+def test_the_journal_of_it_all_is_explained_and_replays_to_the_last_effect(serving: Serving) -> None:
+    """While it is being written."""
+    (journal,) = [line for line in serving.process.args if str(line).endswith("journal.jsonl")]  # type: ignore[union-attr]
+    done = kvferry("replay", str(journal), "--json")
+    assert done.status == 0, done
+    told = json.loads(done.out)
+    assert told["replay"]["agrees"] and told["replay"]["verified_events"] > 100
+    assert told["replay"]["lost_events"] == told["replay"]["unverified_events"] == 0
+    assert told["summary"]["moves"]["asked for"]["outcomes"].get("committed", 0) >= 2
+    assert any(row["what"].startswith("instance-2 was lost") for row in told["rows"])
+    shown = kvferry("replay", str(journal), "--request", "there-and-back")
+    assert shown.status == 0 and "move there-and-back: instance-0 -> instance-1" in shown.out, shown
+    assert Path(str(journal)).stat().st_mode & 0o077 == 0, "nobody else reads it"
 
 
 def test_ctrl_c_stops_everything_and_leaves_no_process(serving: Serving) -> None:

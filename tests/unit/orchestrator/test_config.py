@@ -25,8 +25,10 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(tmp_path: Path
 
 def test_values_are_read_as_the_fields_type() -> None:
     environment = {"KVFERRY_TICK_S": "0.25", "KVFERRY_ENGINE": "fake", "KVFERRY_LOG_LEVEL": "debug"}
+    environment |= {"KVFERRY_JOURNAL": "here/j", "KVFERRY_JOURNAL_PART_MIB": "8", "KVFERRY_JOURNAL_PARTS": "2"}
     environment |= {"KVFERRY_CARRIER": "tcp", "KVFERRY_CARRIER_CHECKSUM": "yes"}
     settings = serve_config({"model": "m"}, environment, None, ())
+    assert (settings.journal, settings.journal_part_mib, settings.journal_parts) == ("here/j", 8, 2)
     assert (settings.carrier, settings.carrier_checksum) == (Carrier.TCP, True)
     assert (settings.tick_s, settings.engine, settings.log_level) == (0.25, Engine.FAKE, "DEBUG")
 
@@ -35,6 +37,8 @@ def test_values_are_read_as_the_fields_type() -> None:
     ("settings", "words"),
     [
         ({"instances": 0}, "--instances"),
+        ({"journal_part_mib": 0}, "--journal-part-mib"),
+        ({"journal_parts": 1001}, "--journal-parts"),
         ({"gateways": 17}, "--gateways"),
         ({"port": 70000}, "--port"),
         ({"port": 5, "admin_port": 5}, "both 5"),
