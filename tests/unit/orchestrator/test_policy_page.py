@@ -19,7 +19,7 @@ from orchestrator.state import CoreParams
 from tests.support.reports import load_report
 from tests.support.slow_dispatch import score
 
-SOURCE, UNSEEN_AT, UNSEEN_BLOCKS, AGE_S = InstanceId("instance-0"), InstanceId("instance-1"), 40, 0.1
+SOURCE, UNSEEN_AT, UNSEEN_BLOCKS, AGE_S = InstanceId("instance-0"), InstanceId("instance-1"), 40, 0.125
 REPORTED_S = 20.0
 """Long after the slow start of an instance."""
 Table = list[dict[str, str]]
