@@ -43,7 +43,7 @@ def patched(old: LoadReport | RequestReport, written: dict[str, Any]) -> LoadRep
         if isinstance(old, RequestReport):
             changed[_REQUESTS] = _requests(old.requests, written)
         return msgspec.structs.replace(old, **changed)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError) as error:
         raise JournalError(f"a report does not follow from the one before it ({error})") from error
 
 

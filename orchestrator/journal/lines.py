@@ -143,7 +143,7 @@ class LineReader:
         """Raises JournalError with what is wrong; the caller knows the file and the line."""
         try:
             written = msgspec.json.decode(text)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise JournalError(f"it is not JSON: {error}") from error
         if not isinstance(written, dict):
             raise JournalError("it is no line of a journal")
@@ -151,7 +151,7 @@ class LineReader:
             if "kvferry_journal" in written:
                 return self._checkpoint(written)
             return self._entry(written)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise JournalError(f"it is no line of a journal ({type(error).__name__}: {error})") from error
 
     def _checkpoint(self, written: dict[str, Any]) -> Checkpoint:

@@ -24,6 +24,7 @@ from orchestrator.effects import (
     StartMigration,
     UpdateMembers,
 )
+from orchestrator.errors import JournalError
 from orchestrator.events import (
     DrainingSet,
     Event,
@@ -39,7 +40,7 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.journal.lines import Checkpoint, Entry, Line
-from orchestrator.journal.values import CONTENT, KIND, plain
+from orchestrator.journal.values import CONTENT, KIND, Unwritable, plain
 
 QUIET = (ReportReceived, RequestsReceived, Ticked, WaiterGone, MigrationEnded, DrainingSet)
 """Told by what follows from them, or by the row they complete."""
@@ -132,7 +133,13 @@ class Story:
         """Client's id of each request the reports named last, by engine's id."""
 
     def take(self, line: Line) -> None:
-        """Raises JournalError when an effect is not of this version."""
+        """Raises JournalError when a value is not what its field should hold, or an effect is not of this version."""
+        try:
+            self._take(line)
+        except (AttributeError, TypeError, ValueError, KeyError, Unwritable) as error:
+            raise JournalError(f"a value is not what it should be ({type(error).__name__}: {error})") from error
+
+    def _take(self, line: Line) -> None:
         if not self.summary.first_wall:
             self.summary.first_s, self.summary.first_wall = line.now_s, line.wall
         self.summary.last_s, self.summary.last_wall = line.now_s, line.wall

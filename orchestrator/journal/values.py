@@ -181,7 +181,7 @@ class _Reader:
             return written
         try:
             return self._object(written, depth)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise JournalError(
                 f"a value is not one of ours: {_short(written)} ({type(error).__name__}: {error})"
             ) from error

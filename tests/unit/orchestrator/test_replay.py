@@ -8,63 +8,13 @@ from typing import Any
 
 import pytest
 
-from migration.types import Epoch, Incarnation, InstanceId, Outcome
 from orchestrator.cli import run_cli
-from orchestrator.events import (
-    DrainingSet,
-    DrainRequested,
-    Event,
-    GatewayStarted,
-    InstanceLost,
-    InstanceStarted,
-    MigrateRequested,
-    MigrationEnded,
-    MigrationFigures,
-    MigrationNumber,
-    ReportReceived,
-    RequestsReceived,
-    Ticked,
-    Token,
-)
-from orchestrator.policy.rebalance import RebalanceParams
-from orchestrator.runtime.journal import JournalParams
-from orchestrator.state import CoreParams
-from tests.support.reports import load_report, request_load, request_report
-from tests.support.written_journal import write_story
-
-A, B = InstanceId("instance-0"), InstanceId("instance-1")
-PARAMS = CoreParams(rebalance=RebalanceParams(margin_steps=16))
-COPIED = MigrationFigures(num_stages=2, copied_blocks=30, tail_blocks=2, stopped_s=0.0124)
-
-
-def started(name: InstanceId) -> InstanceStarted:
-    return InstanceStarted(Incarnation(name, Epoch(1), f"tcp://{name}"), f"kvferry-{name}-1", "tiny", 16, 1000)
-
-
-def a_day() -> list[tuple[float, Event]]:
-    """A is full and gives two requests away; one move commits, one is refused; then A drains, and B dies."""
-    requests = tuple(request_load(f"r{number:02}", num_blocks=32) for number in range(30))
-    rest = tuple(request_load(f"r{number:02}", num_blocks=32) for number in range(1, 30))
-    empty = ReportReceived(load_report(A, step=4, state="draining"))
-    return [
-        (0.0, GatewayStarted("gateway-0", "g", "http://127.0.0.1:8000")),
-        (0.0, started(A)),
-        (0.0, started(B)),
-        (0.1, ReportReceived(load_report(B))),
-        (0.0, RequestsReceived(request_report(B))),
-        (0.1, ReportReceived(load_report(A, step=2, free_blocks=40, num_running=30))),
-        (0.1, RequestsReceived(request_report(A, *requests))),
-        (0.2, Ticked()),
-        (0.5, MigrationEnded(MigrationNumber(1), Outcome.COMMITTED, "", COPIED)),
-        (0.1, MigrationEnded(MigrationNumber(2), Outcome.REFUSED, "no blocks", MigrationFigures())),
-        (0.1, RequestsReceived(request_report(A, *rest, step=3))),
-        (0.0, MigrateRequested(Token(7), "r05", InstanceId("instance-9"))),
-        (0.1, DrainRequested(Token(8), A, wait=True)),
-        (0.1, DrainingSet(A, Epoch(1), True)),
-        (1.0, empty),
-        (0.1, RequestsReceived(request_report(A, step=4))),
-        (0.1, InstanceLost(B, Epoch(1), "killed")),
-    ]
+from orchestrator.core import Orchestrator
+from orchestrator.events import Ticked
+from orchestrator.journal.reader import JournalFiles
+from orchestrator.runtime.journal import Journal, JournalParams, decided
+from tests.support.core_day import PARAMS, a_day
+from tests.support.written_journal import lines_of, read, write_story
 
 
 @pytest.fixture
@@ -162,6 +112,30 @@ def test_parts_are_read_together_or_one_by_name_and_their_states_are_compared(
     assert run_cli(["replay", str(tmp_path / "j")]) == 1
     out = capsys.readouterr().out
     assert "after the state of the core" in out and "journal: _num_migrations: 7" in out
+
+
+def test_it_can_be_read_while_it_is_written_and_turned_over(tmp_path: Path) -> None:
+    """1. The files are opened. 2. The journal goes on and turns its parts over. 3. All that was there is read."""
+    path = tmp_path / "j"
+    core = Orchestrator(PARAMS)
+    journal = Journal(path, core, 0.0, JournalParams(max_part_bytes=4_000, turn_at=0.3, max_parts=3, flush_s=0.0))
+
+    def go_on(num_ticks: int) -> None:
+        for number in range(num_ticks):
+            decided(core, Ticked(), float(number), journal)
+            assert journal.flush(30.0)
+
+    go_on(20)
+    before = lines_of(path)
+    with JournalFiles(path) as files:
+        reading = files.lines()
+        seen = [next(reading)[1]]
+        go_on(100)
+        seen += [line for _, line in reading]
+    assert seen[: len(before)] == before and path.with_name("j.2").is_file()
+    _, replay = read(path)
+    assert replay.divergence is None and 0 < replay.num_verified < 120, "the first parts are gone by now"
+    journal.close()
 
 
 @pytest.mark.parametrize("cut", [1, 40])
