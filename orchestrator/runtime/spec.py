@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.access import ServerAccess
+
 
 class InstanceSeat(msgspec.Struct, frozen=True):
     """An instance that has started, and how to reach its actor."""
@@ -31,8 +33,12 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     """What the orchestrator's actor needs to start."""
 
     host: str
+    """Where the inbox listens."""
     admin_port: int
     """0: any free one."""
+    admin_host: str = "127.0.0.1"
+    admin_access: ServerAccess = ServerAccess()
+    """Token and key are secret; never logged."""
     instances: tuple[InstanceSeat, ...] = ()
     gateways: tuple[GatewaySeat, ...] = ()
     tick_s: float = 0.5

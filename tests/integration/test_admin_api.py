@@ -18,7 +18,7 @@ from orchestrator.admin.client import AdminClient
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
-from orchestrator.admin.service import MAX_MESSAGE_BYTES, SERVICE, AdminServer
+from orchestrator.admin.server import MAX_MESSAGE_BYTES, SERVICE, AdminServer
 from orchestrator.core import Orchestrator
 from orchestrator.errors import StartUpError, Unreachable
 from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
