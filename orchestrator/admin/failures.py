@@ -16,9 +16,11 @@ from orchestrator.errors import RefusalKind
 DOMAIN = "kvferry"
 DETAILS = "grpc-status-details-bin"
 """The trailer in which every gRPC library looks for google.rpc.Status."""
-MAX_TEXT_CHARS = 400
-"""Trailers are bounded (8 KiB, everything in it escaped); what a caller sent comes back cut."""
+MAX_TEXT_BYTES = 400
+"""Trailers are bounded (8 KiB, what is in them escaped or in base64); what a caller sent comes back cut."""
 MAX_VIOLATIONS = 16
+MAX_FIELD_BYTES = 60
+MAX_WHAT_BYTES = 150
 RETRY_AFTER_S = 1
 
 STATUS_CODES = {
@@ -51,7 +53,9 @@ class Failure(Exception):
         packed: list[Message] = [info]
         if self.violations:
             rows = [
-                error_details_pb2.BadRequest.FieldViolation(field=cut(field), description=cut(what))
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=cut(field, MAX_FIELD_BYTES), description=cut(what, MAX_WHAT_BYTES)
+                )
                 for field, what in self.violations[:MAX_VIOLATIONS]
             ]
             packed.append(error_details_pb2.BadRequest(field_violations=rows))
@@ -85,10 +89,10 @@ def declined(result: Result) -> Failure:
     return Failure(STATUS_CODES[result.kind], result.kind.name, result.reason, rows)
 
 
-def cut(text: str) -> str:
+def cut(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """One bounded line."""
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_TEXT_CHARS else f"{line[:MAX_TEXT_CHARS]}..."
+    line = " ".join(text.split()).encode(errors="replace")
+    return line.decode() if len(line) <= max_bytes else f"{line[: max_bytes - 3].decode(errors='ignore')}..."
 
 
 def _any(message: Message) -> any_pb2.Any:

@@ -75,7 +75,9 @@ class Repetitions:
         for entry in tuple(self._under_way.values()):
             entry.task.cancel()
 
-    def __len__(self) -> int:
+    @property
+    def num_remembered(self) -> int:
+        """Those under way, too."""
         return len(self._under_way) + len(self._answered)
 
     def _ended(self, request_id: str, entry: _Entry, task: asyncio.Task[Any]) -> None:

@@ -120,7 +120,7 @@ def test_a_source_that_did_not_answer_may_or_may_not_have_heard() -> None:
     play.moves()
     play.on(CancelMigrationRequested(CALLER, MigrationNumber(1)))
     assert refusal(play.on(MigrationWithdrawn(CALLER, "its connection broke"))).kind is RefusalKind.UNAVAILABLE
-    assert [effect for effect in play.ends(1, Outcome.REFUSED) if isinstance(effect, Answer)][0].token == MOVER
+    assert next(effect for effect in play.ends(1, Outcome.REFUSED) if isinstance(effect, Answer)).token == MOVER
 
 
 def test_a_caller_that_goes_away_is_forgotten() -> None:
