@@ -69,7 +69,8 @@ async def admin_world(terms: Terms | None = None) -> AsyncIterator[World]:
     cluster, mailbox = FakeCluster(), Mailbox("test")
     await mailbox.open()
     params = LoopParams(tick_s=0.02)
-    loop = OrchestratorLoop(Orchestrator(terms.core), cluster, mailbox, params)
+    core = Orchestrator(terms.core)
+    loop = OrchestratorLoop(core, cluster, mailbox, params)
     running = asyncio.create_task(loop.run())
     await asyncio.sleep(0)
     server = AdminServer(loop, terms.access, terms.repetitions, terms.watching)
@@ -88,4 +89,5 @@ async def admin_world(terms: Terms | None = None) -> AsyncIterator[World]:
         await server.stop(0)
         loop.stop()
         await running
+        core.check_integrity()
         mailbox.close()
