@@ -1,4 +1,4 @@
-"""The command line: `kvferry serve | status | migrate | drain | undrain | replay | demo`. Heavy imports are inside."""
+"""The command line: `kvferry serve | status | migrate | drain | ...`. Heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 from typer.exceptions import Abort, TyperException
 from typer.models import OptionInfo
 
-from orchestrator import config
+from orchestrator import cli_admin, config
+from orchestrator.cli_client import Admin, before_the_command, connect
 from orchestrator.errors import ConfigError, OrchestratorError
 
 BAD_INPUT = 2
@@ -20,19 +21,14 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="kvferry",
-    help="Live migration of running LLM requests between vLLM instances, behind one OpenAI endpoint.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(before_the_command)
 
-Admin = Annotated[
-    str | None,
-    typer.Option(
-        "--admin", metavar="HOST:PORT", help="Address of the admin API. Default: 127.0.0.1:50051. (KVFERRY_ADMIN)"
-    ),
-]
 _MINE = "Cluster"
+_ACCESS = "Who may use the admin API"
 _CARRIAGE = "Moving KV blocks"
 _TUNING = "Rebalancing"
 
@@ -61,7 +57,22 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     gateways: Annotated[int | None, _option("OpenAI servers, on one port.", "GATEWAYS", 1)] = None,
     host: Annotated[str | None, _option("Address of the OpenAI endpoint.", "HOST", "127.0.0.1")] = None,
     port: Annotated[int | None, _option("Port of the OpenAI endpoint.", "PORT", 8000)] = None,
-    admin_port: Annotated[int | None, _option("Port of the admin API, on 127.0.0.1.", "ADMIN_PORT", 50051)] = None,
+    admin_port: Annotated[int | None, _option("Port of the admin API.", "ADMIN_PORT", 50051)] = None,
+    admin_host: Annotated[
+        str | None,
+        _option("Address of the admin API; elsewhere than here only with a token.", "ADMIN_HOST", "127.0.0.1"),
+    ] = None,
+    admin_token_file: Annotated[
+        str | None, _option("File with the token that calls must carry.", "ADMIN_TOKEN_FILE", "none", _ACCESS)
+    ] = None,
+    admin_tls_cert: Annotated[
+        str | None, _option("Certificate of the admin API, in PEM: TLS.", "ADMIN_TLS_CERT", "none", _ACCESS)
+    ] = None,
+    admin_tls_key: Annotated[str | None, _option("Its key.", "ADMIN_TLS_KEY", "none", _ACCESS)] = None,
+    admin_client_ca: Annotated[
+        str | None,
+        _option("Clients must show a certificate that these have signed.", "ADMIN_CLIENT_CA", "none", _ACCESS),
+    ] = None,
     ray_address: Annotated[str | None, _option("A running Ray to join.", "RAY_ADDRESS", "own")] = None,
     carrier: Annotated[str | None, _option(_CARRIER, "CARRIER", "shm", _CARRIAGE)] = None,
     carrier_checksum: Annotated[
@@ -119,6 +130,11 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "host": host,
         "port": port,
         "admin_port": admin_port,
+        "admin_host": admin_host,
+        "admin_token_file": admin_token_file,
+        "admin_tls_cert": admin_tls_cert,
+        "admin_tls_key": admin_tls_key,
+        "admin_client_ca": admin_client_ca,
         "ray_address": ray_address,
         "carrier": carrier,
         "carrier_checksum": carrier_checksum,
@@ -156,7 +172,7 @@ def status(
     """Show instances, gateways, requests and the latest migrations."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
 
-    shown.show(config.admin_address(admin), as_json=as_json, watch=watch)
+    shown.show(connect(admin), as_json=as_json, watch=watch)
 
 
 @app.command()
@@ -167,9 +183,8 @@ def migrate(
 ) -> None:
     """Move one running request and say how it ended."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
 
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         migration = client.migrate(request, to)
     print(shown.migration_line(migration))
     if not shown.is_committed(migration):
@@ -187,9 +202,8 @@ def drain(
 ) -> None:
     """Take an instance out of dispatch and move its requests away."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
 
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         shown.follow_drain(instance, client.drain(instance, wait, deadline))
 
 
@@ -198,9 +212,7 @@ def undrain(
     instance: Annotated[str, typer.Argument(help="The instance to put back into service.")], admin: Admin = None
 ) -> None:
     """Put a draining instance back into service."""
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
-
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         client.undrain(instance)
     print(f"{instance} serves again")
 
@@ -254,6 +266,9 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
         carrier_checksum=carrier_checksum,
     )
     raise typer.Exit(run(options))
+
+
+cli_admin.add_to(app)
 
 
 def main() -> None:

@@ -26,12 +26,12 @@ _LONG = ("request", "client's id", "url")
 _TEXTS = (*_LONG, "instance", "state", "gateway", "status", "on", "outcome", "cause")
 
 
-def show(address: str, as_json: bool, watch: bool) -> None:
-    """Once, or every REFRESH_S until interrupted. Raises Unreachable."""
+def show(connected: AdminClient, as_json: bool, watch: bool) -> None:
+    """Once, or every REFRESH_S until interrupted. Raises what the client raises."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_FILE)
-    with AdminClient(address) as client:
+    with connected as client:
         if as_json:
             while True:
                 print(json.dumps(as_values(client)), flush=True)
@@ -111,7 +111,7 @@ def _instances(instances: Iterable[pb.Instance]) -> Table:
         has_report = item.HasField("report_age_s")
         table.add_row(
             item.name.removeprefix(INSTANCES),
-            _state(item),
+            state_name(item),
             str(item.num_running) if has_report else "",
             str(item.num_waiting) if has_report else "",
             f"{used:.0%}" if has_report else "",
@@ -124,7 +124,8 @@ def _instances(instances: Iterable[pb.Instance]) -> Table:
     return table
 
 
-def _state(item: pb.Instance) -> str:
+def state_name(item: pb.Instance) -> str:
+    """Serving, draining, ..., and why."""
     name = pb.InstanceState.Name(item.state).removeprefix("INSTANCE_STATE_").lower()
     if item.drained:
         return f"{name} (empty)"

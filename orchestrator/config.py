@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from instance.spec import Carrier
+from orchestrator.access import ClientAccess, ServerAccess, is_loopback
 from orchestrator.errors import ConfigError
 from orchestrator.policy.dispatch import Rule
 
 PREFIX = "KVFERRY_"
+MIN_TOKEN_CHARS = 16
+CLIENT_FLAGS = ("admin_token_file", "admin_ca", "admin_cert", "admin_key")
+"""Of the commands that speak to the admin API."""
 DEFAULT_ADMIN = "127.0.0.1:50051"
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -45,9 +50,17 @@ class ServeConfig:
     instances: int = 2
     gateways: int = 1
     host: str = "127.0.0.1"
-    """Where the OpenAI endpoint listens. Everything else listens on 127.0.0.1."""
+    """Where the OpenAI endpoint listens. All but the admin API listens on 127.0.0.1."""
     port: int = 8000
     admin_port: int = 50051
+    admin_host: str = "127.0.0.1"
+    """Where the admin API listens; elsewhere than on loopback only with a token."""
+    admin_token: str = dataclasses.field(default="", repr=False)
+    """Bearer token of the admin API (KVFERRY_ADMIN_TOKEN; no flag: others can read a command line)."""
+    admin_token_file: str = ""
+    admin_tls_cert: str = ""
+    admin_tls_key: str = ""
+    admin_client_ca: str = ""
     ray_address: str = ""
     """Empty: a Ray of our own, which ends with us."""
     engine: Engine = Engine.VLLM
@@ -96,6 +109,19 @@ class ServeConfig:
         parts, part_mib = self.journal_parts, self.journal_part_mib
         _require(1 <= part_mib <= 4096, f"--journal-part-mib is {part_mib}, it must be from 1 to 4096")
         _require(1 <= parts <= 1000, f"--journal-parts is {parts}, it must be from 1 to 1000")
+        _require(
+            bool(self.admin_token or self.admin_token_file) or is_loopback(self.admin_host),
+            f"--admin-host {self.admin_host} can be reached from other machines: give the admin API a token,"
+            " with KVFERRY_ADMIN_TOKEN or --admin-token-file",
+        )
+        _require(
+            bool(self.admin_tls_cert) == bool(self.admin_tls_key),
+            "--admin-tls-cert and --admin-tls-key belong together",
+        )
+        _require(
+            not self.admin_client_ca or bool(self.admin_tls_cert),
+            "--admin-client-ca needs --admin-tls-cert and --admin-tls-key",
+        )
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 
@@ -142,6 +168,77 @@ def admin_address(flag: str | None) -> str:
     if not colon or not host or not number.isdecimal():
         raise ConfigError(f"the admin address {address!r} is not of the form HOST:PORT")
     return address
+
+
+def server_access(config: ServeConfig) -> ServerAccess:
+    """Read the files that the settings name. Raises ConfigError."""
+    certificate, key = _pair(config.admin_tls_cert, config.admin_tls_key, "--admin-tls-cert")
+    return ServerAccess(
+        token=_token(config.admin_token, config.admin_token_file),
+        certificate=certificate,
+        key=key,
+        client_ca=_authorities(config.admin_client_ca, "--admin-client-ca"),
+    )
+
+
+def client_access(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> ClientAccess:
+    """What a command shows to the admin API. `flags` by the names of `CLIENT_FLAGS`; None was not given. Raises
+    ConfigError."""
+    given = {name: flags.get(name) or environment.get(PREFIX + name.upper(), "") for name in CLIENT_FLAGS}
+    token_file = given["admin_token_file"]
+    token = "" if flags.get("admin_token_file") else environment.get(f"{PREFIX}ADMIN_TOKEN", "")
+    certificate, key = _pair(given["admin_cert"], given["admin_key"], "--admin-cert")
+    authorities = _authorities(given["admin_ca"], "--admin-ca")
+    _require(not certificate or bool(authorities), "--admin-cert needs --admin-ca: which certificates to trust")
+    return ClientAccess(_token(token, token_file), authorities, certificate, key)
+
+
+def client_access_here(flags: Mapping[str, str | None]) -> ClientAccess:
+    """`client_access` with the environment of this process."""
+    return client_access(flags, os.environ)
+
+
+def _token(token: str, path: str) -> str:
+    """The token, else what its file holds; empty without either."""
+    text = token.strip() or (_bytes(path, "--admin-token-file").decode(errors="replace").strip() if path else "")
+    where = "KVFERRY_ADMIN_TOKEN" if token.strip() else path
+    is_fit = len(text) >= MIN_TOKEN_CHARS and text.isascii() and text.isprintable() and " " not in text
+    _require(
+        (not text and not path) or is_fit,
+        f"the token in {where} must have at least {MIN_TOKEN_CHARS} ASCII characters and no blank",
+    )
+    return text
+
+
+def _pair(certificate: str, key: str, flag: str) -> tuple[bytes, bytes]:
+    """A certificate and its key, both or none."""
+    _require(bool(certificate) == bool(key), f"{flag} and its key belong together")
+    if not certificate:
+        return b"", b""
+    texts = _bytes(certificate, flag), _bytes(key, flag)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(f"{flag}: {certificate} and {key} are no certificate and its key, in PEM") from error
+    return texts
+
+
+def _authorities(path: str, flag: str) -> bytes:
+    if not path:
+        return b""
+    text = _bytes(path, flag)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{flag}: {path} holds no certificate in PEM") from error
+    return text
+
+
+def _bytes(path: str, flag: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
 
 
 def _read_file(path: Path) -> dict[str, Any]:

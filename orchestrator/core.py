@@ -12,6 +12,7 @@ from typing import assert_never
 from instance.lifecycle import State
 from migration.types import Epoch, InstanceId, Outcome, RequestId
 from orchestrator import view
+from orchestrator.cancelling import Cancellations
 from orchestrator.effects import (
     Answer,
     DrainAccepted,
@@ -27,6 +28,8 @@ from orchestrator.effects import (
 )
 from orchestrator.errors import LimitExceeded, RefusalKind
 from orchestrator.events import (
+    CancelMigrationRequested,
+    CancelRequested,
     DrainingSet,
     DrainRequested,
     Event,
@@ -37,7 +40,10 @@ from orchestrator.events import (
     MigrateRequested,
     MigrationEnded,
     MigrationNumber,
+    MigrationWithdrawn,
+    PolicyUpdateRequested,
     ReportReceived,
+    RequestCancelled,
     RequestsReceived,
     Ticked,
     Token,
@@ -49,6 +55,7 @@ from orchestrator.policy.moves import InstanceView, Move, smooth_copy_time
 from orchestrator.policy.rebalance import Resting, plan_rebalance
 from orchestrator.resting import RestingPlace
 from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
+from orchestrator.tuning import Policy, Tuning
 
 
 class Orchestrator:
@@ -62,6 +69,8 @@ class Orchestrator:
         self._in_flight: dict[MigrationNumber, MigrationRecord] = {}
         self._history: deque[MigrationRecord] = deque(maxlen=params.max_history)
         self._drain_waiters: dict[Token, InstanceId] = {}
+        self._cancellations = Cancellations(params.max_waiters)
+        self._tuning = Tuning(params)
         self._num_migrations = 0
         self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
@@ -94,6 +103,11 @@ class Orchestrator:
                 return self._on_undrain_requested(event)
             case MigrateRequested():
                 return self._on_migrate_requested(event, now_s)
+            case CancelRequested() | RequestCancelled() | CancelMigrationRequested() | MigrationWithdrawn():
+                return self._cancellations.on(event, self._instances, self._in_flight, self._history)
+            case PolicyUpdateRequested():
+                answer, self._params = self._tuning.on(event, self._params)
+                return [answer]
             case WaiterGone():
                 return self._on_waiter_gone(event)
             case _:
@@ -104,6 +118,10 @@ class Orchestrator:
         instances = [*self._stopped, *self._instances.values()]
         migrations = [*self._history, *self._in_flight.values()]
         return view.snapshot(instances, list(self._gateways.values()), migrations, now_s)
+
+    def policy(self) -> Policy:
+        """The parameters by which it decides now."""
+        return self._tuning.policy(self._params)
 
     # ------------------------------------------------------------------ who is there
     def _on_instance_started(self, event: InstanceStarted) -> list[Effect]:
@@ -262,6 +280,7 @@ class Orchestrator:
 
     def _on_waiter_gone(self, event: WaiterGone) -> list[Effect]:
         self._drain_waiters.pop(event.token, None)
+        self._cancellations.forget(event.token)
         for number, record in self._in_flight.items():
             if record.token == event.token:
                 self._in_flight[number] = view.without_caller(record)
@@ -324,6 +343,7 @@ class Orchestrator:
             pair = (record.source.instance, record.destination.instance)
             self._pair_rests.rest(pair, now_s + rest.pair_rest_s)
         effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []
+        effects += self._cancellations.on_migration_ended(ended)
         for instance in (record.source.instance, record.destination.instance):
             if instance in self._instances:
                 effects += self._check_drained(self._instances[instance])
@@ -338,7 +358,8 @@ class Orchestrator:
     # ------------------------------------------------------------------ tests
     def check_integrity(self) -> None:
         """Raise AssertionError when two of its records contradict each other or a bound is passed."""
-        params = self._params
+        params = self._tuning.started_with  # what was begun under a higher bound than today's goes on
+        self._cancellations.check_integrity(self._in_flight)
         assert len(self._instances) <= params.max_instances
         assert len(self._gateways) <= params.max_gateways
         assert len(self._drain_waiters) <= params.max_waiters

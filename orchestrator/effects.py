@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instance.lifecycle import State
+from instance.messages import RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
-from orchestrator.events import MigrationNumber, Token
+from orchestrator.events import MigrationNumber, PolicyValue, Token
 from orchestrator.policy.dispatch import DispatchParams
-from orchestrator.state import MigrationRecord
+from orchestrator.state import CoreParams, MigrationRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,28 @@ class FenceInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class EndRequest:
+    """Have the gateway that holds its stream end this request, or, when none does, the instances; the shell answers
+    with one `RequestCancelled`."""
+
+    token: Token
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawMigration:
+    """Tell the source to give this migration up unless its commit was sent; the shell answers with one
+    `MigrationWithdrawn`, the migration itself with its `MigrationEnded`."""
+
+    token: Token
+    number: MigrationNumber
+    request_id: RequestId
+    source: Incarnation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     kind: RefusalKind
     reason: str
@@ -95,7 +118,42 @@ class MigrationFinished:
     record: MigrationRecord
 
 
-Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """The request was ended by command; both as they were last reported."""
+
+    instance: InstanceId
+    request: RequestLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Why one value of a policy cannot be."""
+
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRefused:
+    """Nothing was changed."""
+
+    violations: tuple[Violation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyUpdated:
+    """The policy as it is now (or would be), and what of it is new: (path, before, after)."""
+
+    params: CoreParams
+    etag: str
+    changes: tuple[tuple[str, PolicyValue, PolicyValue], ...]
+    validate_only: bool
+
+
+Result = (
+    Refused | DrainAccepted | Drained | Undrained | MigrationFinished | RequestEnded | PolicyRefused | PolicyUpdated
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +164,4 @@ class Answer:
     result: Result
 
 
-Effect = StartMigration | SetDraining | UpdateMembers | FenceInstance | Answer
+Effect = StartMigration | SetDraining | UpdateMembers | FenceInstance | EndRequest | WithdrawMigration | Answer

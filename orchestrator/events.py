@@ -125,6 +125,54 @@ class MigrateRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """End a running request, wherever it is."""
+
+    token: Token
+    reference: str
+    """As in `MigrateRequested`."""
+    validate_only: bool = False
+    """True: say what would end, and end nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """An `EndRequest` was carried out (`error` is None), or whether it was is unknown."""
+
+    token: Token
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelMigrationRequested:
+    token: Token
+    number: MigrationNumber
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationWithdrawn:
+    """A `WithdrawMigration` reached the source (`error` is None), or whether it did is unknown."""
+
+    token: Token
+    error: str | None = None
+
+
+PolicyValue = bool | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyUpdateRequested:
+    """Change parameters of the policies: all of these, or none."""
+
+    token: Token
+    changes: tuple[tuple[str, PolicyValue | None], ...]
+    """(path, new value); None: back to what it was at the start. See `orchestrator.tuning`."""
+    etag: str = ""
+    """When given, the policy must have it still."""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WaiterGone:
     """The caller no longer waits; its token must not be answered."""
 
@@ -144,5 +192,10 @@ Event = (
     | DrainRequested
     | UndrainRequested
     | MigrateRequested
+    | CancelRequested
+    | RequestCancelled
+    | CancelMigrationRequested
+    | MigrationWithdrawn
+    | PolicyUpdateRequested
     | WaiterGone
 )

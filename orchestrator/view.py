@@ -98,7 +98,7 @@ def find_move(
     destination = instances.get(event.destination)
     if destination is None:
         return no_such_instance(event.destination, instances)
-    found = _find_request(event.reference, instances)
+    found = find_request(event.reference, instances)
     if isinstance(found, Refused):
         return found
     source, request = found
@@ -116,7 +116,7 @@ def find_move(
     )
 
 
-def _find_request(
+def find_request(
     reference: str, instances: Mapping[InstanceId, InstanceRecord]
 ) -> tuple[InstanceRecord, RequestLoad] | Refused:
     """Exact engine id, else exact client id, else a prefix of either; the best kind of match that finds any decides."""

@@ -55,6 +55,10 @@ class GatewayActor:
             if member.actor_name and key not in self._watched:
                 self._watched[key] = asyncio.create_task(self._watch(member))
 
+    async def cancel_request(self, request_id: str) -> bool:
+        """False: the stream of this request is not here."""
+        return self._service is not None and self._service.cancel_request(request_id)
+
     async def stop(self) -> None:
         for task in self._watched.values():
             task.cancel()

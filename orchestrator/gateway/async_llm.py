@@ -131,6 +131,8 @@ def http_error(failure: Failure) -> VLLMError:
             return VLLMValidationError(failure.message)
         case FailureKind.BUSY:
             return GracefulHTTPError(failure.message, HTTPStatus.TOO_MANY_REQUESTS)
+        case FailureKind.CANCELLED:  # clients' libraries try again after 408, 409, 429 and 5xx; this must not come back
+            return GracefulHTTPError(failure.message, HTTPStatus.GONE)
         case FailureKind.NOBODY | FailureKind.INSTANCE_LOST | FailureKind.TOKENS_LOST | FailureKind.STOPPING:
             return GracefulHTTPError(failure.message, HTTPStatus.SERVICE_UNAVAILABLE)
         case _:

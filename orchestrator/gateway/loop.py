@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from instance.mailbox import Mailbox
 from instance.messages import Submit
-from migration.types import Epoch, Incarnation, InstanceId
+from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.router import Router
 from orchestrator.gateway.types import Deliver, Effect, Fail, Forget, Outgoing, RouterParams, Send
@@ -62,6 +62,12 @@ class GatewayLoop:
 
     def fail_all(self, failure: Failure) -> None:
         self._perform(self.router.fail_all(failure))
+
+    def cancel(self, request_id: str, failure: Failure) -> bool:
+        """End one request, by its id at the instances; False: there is none."""
+        effects = self.router.fail_all(failure, (RequestId(request_id),))
+        self._perform(effects)
+        return bool(effects)
 
     async def _receive(self) -> None:
         while True:

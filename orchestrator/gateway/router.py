@@ -126,13 +126,12 @@ class Router:
                 self._drop(request_id)
         return self._abort_everywhere(tuple(sent))
 
-    def fail_all(self, failure: Failure) -> list[Effect]:
-        """End every request with this failure, here and at the instances."""
-        request_ids = tuple(self._flights)
-        effects = self._abort_everywhere(request_ids)
-        for request_id in request_ids:
-            effects += self._fail(request_id, failure)
-        return effects
+    def fail_all(self, failure: Failure, among: Iterable[RequestId] | None = None) -> list[Effect]:
+        """End every request (those of `among` that are here) with this failure, here and at the instances."""
+        named = self._flights if among is None else {self._wire_ids.get(one, one) for one in among}
+        request_ids = tuple(one for one in named if one in self._flights)
+        aborts = self._abort_everywhere(request_ids)
+        return aborts + [effect for one in request_ids for effect in self._fail(one, failure)]
 
     # ---- what instances say
     def on_message(self, message: FleetMessage, now_s: float) -> list[Effect]:

@@ -42,6 +42,7 @@ CLOSE_STREAMS_S = 1
 STOP_S = 2.0
 START_S = 30.0
 
+CANCELLED = Failure(FailureKind.CANCELLED, "the operator of this service ended the request")
 STOPPING = Failure(FailureKind.STOPPING, "this gateway is being stopped; please retry")
 
 
@@ -95,6 +96,10 @@ class GatewayService:
     def member_lost(self, instance: str, epoch: int) -> None:
         """This incarnation is known to be dead."""
         self.loop.member_lost(InstanceId(instance), Epoch(epoch))
+
+    def cancel_request(self, request_id: str) -> bool:
+        """End this request (by its id at the instances) and its siblings; False: its stream is not here."""
+        return self.loop.cancel(request_id, CANCELLED)
 
     def on_reset_prefix_cache(self, reset: Callable[[], Awaitable[bool]]) -> None:
         """How the prefix caches of all instances are reset (vLLM's development endpoint)."""

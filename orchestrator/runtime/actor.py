@@ -11,7 +11,7 @@ import msgspec
 from instance.mailbox import Mailbox
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator import log
-from orchestrator.admin.service import AdminServer
+from orchestrator.admin.server import AdminServer
 from orchestrator.core import Orchestrator
 from orchestrator.errors import JournalError, StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
@@ -55,8 +55,8 @@ class OrchestratorActor:
             LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
             self._journal,
         )
-        self._server = AdminServer(loop)
-        address = await self._server.start(spec.host, spec.admin_port)
+        self._server = AdminServer(loop, spec.admin_access)
+        address = await self._server.start(spec.admin_host, spec.admin_port)
         self._loop = loop
         self._running = asyncio.get_running_loop().create_task(loop.run())
         await asyncio.sleep(0)  # let `run` open its task group: what comes next starts tasks in it

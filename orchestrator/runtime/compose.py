@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TypeVar
 
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
-from orchestrator.config import AS_SUITS, Engine, ServeConfig
+from orchestrator.config import AS_SUITS, Engine, ServeConfig, server_access
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.runtime import checks
@@ -125,6 +125,8 @@ async def compose(
     spec = OrchestratorSpec(
         host=LOCAL,
         admin_port=config.admin_port,
+        admin_host=config.admin_host,
+        admin_access=server_access(config),
         instances=instance_seats,
         gateways=gateway_seats,
         tick_s=config.tick_s,

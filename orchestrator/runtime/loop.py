@@ -19,12 +19,15 @@ from orchestrator.core import Orchestrator
 from orchestrator.effects import (
     Answer,
     Effect,
+    EndRequest,
     FenceInstance,
     Member,
+    PolicyUpdated,
     Result,
     SetDraining,
     StartMigration,
     UpdateMembers,
+    WithdrawMigration,
 )
 from orchestrator.errors import ActorGone, CallFailed, LimitExceeded
 from orchestrator.events import (
@@ -43,9 +46,11 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.log import fields, logger
+from orchestrator.runtime.cancelling import end_request, withdraw
 from orchestrator.runtime.journal import Journal, decided
 from orchestrator.runtime.ports import Fleet
 from orchestrator.state import Snapshot
+from orchestrator.tuning import Policy
 
 _log = logger("orchestrator")
 
@@ -116,6 +121,9 @@ class OrchestratorLoop:
     # ------------------------------------------------------------------ what the admin API uses
     def snapshot(self) -> Snapshot:
         return self._core.snapshot(self._now_s())
+
+    def policy(self) -> Policy:
+        return self._core.policy()
 
     async def ask(self, make: Callable[[Token], Event]) -> Result:
         """Put a command to the core and wait for its answer; a cancelled caller is forgotten there, too."""
@@ -195,7 +203,14 @@ class OrchestratorLoop:
             case FenceInstance():
                 for peer in effect.peers:
                     self._spawn(self._fence(effect, self._actor_name(peer)), f"fence-{effect.instance}-{peer}")
+            case EndRequest():
+                _log.info("end request %s", fields(request=effect.request_id, reason=effect.reason))
+                self._spawn(self._end_request(effect), f"end-{effect.request_id}")
+            case WithdrawMigration():
+                _log.info("call migration off %s", fields(number=effect.number, reason=effect.reason))
+                self._spawn(self._withdraw(effect), f"withdraw-{effect.number}")
             case Answer(token=token, result=result):
+                _audit(result)
                 caller = self._callers.get(token)
                 if caller is not None and not caller.done():
                     caller.set_result(result)
@@ -228,6 +243,15 @@ class OrchestratorLoop:
         except (ActorGone, CallFailed) as failure:
             error = str(failure)
         self.handle(DrainingSet(effect.instance, effect.epoch, effect.draining, error))
+
+    async def _end_request(self, effect: EndRequest) -> None:
+        inboxes = [member.incarnation.address for member in self._members]
+        gateways, timeout_s = tuple(self._gateways.values()), self._params.call_timeout_s
+        self.handle(await end_request(self._fleet, self._mailbox, effect, gateways, inboxes, timeout_s))
+
+    async def _withdraw(self, effect: WithdrawMigration) -> None:
+        source = self._actor_name(effect.source.instance)
+        self.handle(await withdraw(self._fleet, effect, source, self._params.call_timeout_s))
 
     async def _fence(self, effect: FenceInstance, peer_actor: str) -> None:
         """Tell one peer until it knows or is gone itself: until then it heeds what the dead one still says."""
@@ -313,6 +337,13 @@ class OrchestratorLoop:
     @staticmethod
     def _now_s() -> float:
         return asyncio.get_running_loop().time()
+
+
+def _audit(result: Result) -> None:
+    """A change of the policy is logged with its values; the journal has it with the command."""
+    if isinstance(result, PolicyUpdated) and not result.validate_only:
+        for path, before, after in result.changes:
+            _log.info("policy changed %s", fields(parameter=path, before=before, after=after))
 
 
 def ended(effect: StartMigration, summary: MigrationSummary) -> MigrationEnded:

@@ -17,6 +17,13 @@ class Fleet(Protocol):
     ) -> MigrationSummary:
         """Have the source move one request and wait for the end of it, whatever the outcome."""
 
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        """Have a gateway end the stream of this request, and the request; False: it has no such stream."""
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        """Have the source give the request's migration up; False: none is under way. Its `migrate` call still tells how
+        it ended."""
+
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None: ...
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None: ...

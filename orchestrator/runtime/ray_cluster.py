@@ -220,6 +220,12 @@ class RayCluster:
         answer = await self._call(actor_name, "migrate", timeout_s, request_id, msgspec.json.encode(destination), mode)
         return msgspec.json.decode(answer, type=MigrationSummary)
 
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        return bool(await self._call(actor_name, "cancel_request", timeout_s, request_id))
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        return bool(await self._call(actor_name, "cancel_migration", timeout_s, request_id, reason))
+
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         await self._call(actor_name, "drain" if draining else "undrain", timeout_s)
 

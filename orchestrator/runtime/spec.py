@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.access import ServerAccess
 from orchestrator.policy.dispatch import Rule
 
 
@@ -33,8 +34,12 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     """What the orchestrator's actor needs to start."""
 
     host: str
+    """Where the inbox listens."""
     admin_port: int
     """0: any free one."""
+    admin_host: str = "127.0.0.1"
+    admin_access: ServerAccess = ServerAccess()
+    """Token and key are secret; never logged."""
     instances: tuple[InstanceSeat, ...] = ()
     gateways: tuple[GatewaySeat, ...] = ()
     tick_s: float = 0.5

@@ -12,63 +12,18 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from instance.mailbox import Mailbox
-from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.admin.client import AdminClient
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
-from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
-from orchestrator.admin.service import MAX_MESSAGE_BYTES, SERVICE, AdminServer
-from orchestrator.core import Orchestrator
+from orchestrator.admin.server import MAX_MESSAGE_BYTES, SERVICE, AdminServer
 from orchestrator.errors import StartUpError, Unreachable
-from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
-from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
-from orchestrator.state import CoreParams
-from tests.support.fake_cluster import FakeCluster
-from tests.support.reports import load_report, request_load, request_report
-
-GATEWAY = "kvferry-gateway-0"
-
-
-class World:
-    """A loop with two instances and a gateway, its admin server, and a stock client."""
-
-    def __init__(self, loop: OrchestratorLoop, cluster: FakeCluster, address: str) -> None:
-        self.loop, self.cluster, self.address = loop, cluster, address
-        self.channel = grpc.aio.insecure_channel(address)
-        self.stub = pb_grpc.AdminServiceStub(self.channel)
-
-    def reports(self, instance: str, *request_ids: str, step: int = 1, state: str = "serving") -> None:
-        num = len(request_ids)
-        load = load_report(instance, step=step, state=state, num_running=num, free_blocks=1000 - 10 * num)
-        self.loop.handle(ReportReceived(load))
-        self.loop.handle(RequestsReceived(request_report(instance, *map(request_load, request_ids), step=step)))
+from tests.support.admin_world import GATEWAY, World, admin_world
 
 
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
-    cluster, mailbox = FakeCluster(), Mailbox("test")
-    await mailbox.open()
-    params = LoopParams(tick_s=0.02)
-    loop = OrchestratorLoop(Orchestrator(CoreParams()), cluster, mailbox, params)
-    running = asyncio.create_task(loop.run())
-    await asyncio.sleep(0)
-    server = AdminServer(loop)
-    made = World(loop, cluster, await server.start("127.0.0.1", 0))
-    loop.add(GatewayStarted("gateway-0", GATEWAY, "http://127.0.0.1:8000"))
-    for name in ("instance-0", "instance-1"):
-        incarnation = Incarnation(InstanceId(name), Epoch(1), "tcp://127.0.0.1:1")
-        loop.add(InstanceStarted(incarnation, f"kvferry-{name}-1", "tiny", 16, 1000, process_id=7))
-    made.reports("instance-0", "cmpl-1", "cmpl-2")
-    made.reports("instance-1")
-    try:
+    async with admin_world() as made:
         yield made
-    finally:
-        await made.channel.close()
-        await server.stop(0)
-        loop.stop()
-        await running
-        mailbox.close()
 
 
 async def status_of(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:

@@ -24,6 +24,13 @@ class FakeCluster:
         self.fence_begun = asyncio.Event()
         self.deaths: dict[str, asyncio.Future[str]] = defaultdict(lambda: asyncio.get_running_loop().create_future())
         self.migrated: list[tuple[str, str, str, str]] = []
+        self.cancelled: list[tuple[str, str]] = []
+        self.holds_streams = True
+        """Whether gateways say that the stream to be ended is theirs."""
+        self.withdrawn: list[tuple[str, str]] = []
+        self.may_end = asyncio.Event()
+        """Migrations end when it is set, as it is unless a test clears it."""
+        self.may_end.set()
         self.draining: list[tuple[str, bool]] = []
         self.fenced: list[tuple[str, str, int]] = []
         self.members: dict[str, tuple[Member, ...]] = {}
@@ -34,6 +41,7 @@ class FakeCluster:
     ) -> MigrationSummary:
         self._check(actor_name)
         self.migrated.append((actor_name, request_id, destination.instance, mode))
+        await self.may_end.wait()
         return MigrationSummary(
             migration_id="m",
             request_id=request_id,
@@ -51,6 +59,18 @@ class FakeCluster:
             stopped_s=0.001,
             steps_during_copy=3,
         )
+
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        self._check(actor_name)
+        self.cancelled.append((actor_name, request_id))
+        return self.holds_streams
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        self._check(actor_name)
+        self.withdrawn.append((actor_name, request_id))
+        self.outcome = "refused"
+        self.may_end.set()
+        return True
 
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         self._check(actor_name)

@@ -105,6 +105,17 @@ def test_a_request_is_sent_with_the_epoch_and_the_sequence_and_its_tokens_come_b
     assert desk.router.num_requests == 0
 
 
+def test_one_request_can_be_ended_by_the_operator_and_the_others_go_on() -> None:
+    desk = Desk()
+    desk.submit("r")
+    desk.submit("s")
+    failure = Failure(FailureKind.CANCELLED, "ended")
+    effects = desk.checked(desk.router.fail_all(failure, [RequestId("r")]))
+    assert failures(effects) == [Fail(RequestId("r"), failure)] and sorted(aborted_at(effects)) == ["a", "b"]
+    assert desk.checked(desk.router.fail_all(failure, [RequestId("r")])) == [], "it is not here any more"
+    assert desk.router.num_requests == 1
+
+
 def test_requests_alternate_between_equal_instances() -> None:
     desk = Desk()
     assert [submitted_to(desk.submit(f"r{n}")) for n in range(4)] == [["a"], ["b"], ["a"], ["b"]]

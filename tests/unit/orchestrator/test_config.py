@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from instance.spec import Carrier
-from orchestrator.config import Engine, ServeConfig, admin_address, serve_config
+from orchestrator.access import ClientAccess
+from orchestrator.config import Engine, ServeConfig, admin_address, client_access, serve_config, server_access
 from orchestrator.errors import ConfigError
+from tests.support.certificates import Authority
 
 
 def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(tmp_path: Path) -> None:
@@ -80,3 +82,64 @@ def test_the_admin_address_comes_from_the_flag_then_the_environment(monkeypatch:
     assert admin_address("other:1") == "other:1"
     with pytest.raises(ConfigError, match="HOST:PORT"):
         admin_address("other")
+
+
+TOKEN = "a-token-of-24-characters"
+
+
+def test_the_admin_api_is_open_to_other_machines_only_with_a_token(tmp_path: Path) -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert serve_config({"model": "m", "admin_host": host}, {}, None, ()).admin_host == host
+    with pytest.raises(ConfigError, match=r"--admin-host 0\.0\.0\.0 can be reached"):
+        serve_config({"model": "m", "admin_host": "0.0.0.0"}, {}, None, ())
+    open_to_all = serve_config({"model": "m", "admin_host": "0.0.0.0"}, {"KVFERRY_ADMIN_TOKEN": TOKEN}, None, ())
+    assert server_access(open_to_all).token == TOKEN
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    by_file = serve_config({"model": "m", "admin_host": "0.0.0.0", "admin_token_file": str(file)}, {}, None, ())
+    assert server_access(by_file).token == TOKEN
+    assert TOKEN not in repr(open_to_all) + repr(server_access(by_file)), "secrets are not shown"
+
+
+@pytest.mark.parametrize("text", ["", "short", "a token of 24 characters", "\N{SNOWMAN}" * 20])
+def test_a_token_that_could_be_guessed_or_not_sent_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "token"
+    file.write_text(text)
+    settings = serve_config({"model": "m", "admin_token_file": str(file)}, {}, None, ())
+    with pytest.raises(ConfigError, match="at least 16 ASCII characters"):
+        server_access(settings)
+    with pytest.raises(ConfigError, match="at least 16 ASCII characters"):
+        client_access({"admin_token_file": str(file)}, {})
+
+
+def test_a_flag_of_the_client_beats_its_variable(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    environment = {"KVFERRY_ADMIN_TOKEN": "another-token-of-24-chars", "KVFERRY_ADMIN_TOKEN_FILE": "nowhere"}
+    assert client_access({"admin_token_file": str(file)}, environment).token == TOKEN
+    assert client_access({}, environment).token == "another-token-of-24-chars"
+    assert client_access({}, {}) == ClientAccess()
+
+
+def test_certificates_are_read_and_checked(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate, key = authority.sign("server").write(tmp_path, "server")
+    other, other_key = authority.sign("other").write(tmp_path, "other")
+    ca = tmp_path / "ca.crt"
+    ca.write_bytes(authority.certificate)
+    flags = {"model": "m", "admin_tls_cert": certificate, "admin_tls_key": key, "admin_client_ca": str(ca)}
+    access = server_access(serve_config(flags, {}, None, ()))
+    assert (access.client_ca, access.certificate) == (authority.certificate, Path(certificate).read_bytes())
+    assert client_access({"admin_ca": str(ca), "admin_cert": other, "admin_key": other_key}, {}).key
+    for wrong, words in (
+        ({"admin_tls_key": other_key}, "are no certificate and its key"),
+        ({"admin_tls_cert": str(tmp_path / "none")}, "cannot read"),
+        ({"admin_client_ca": key}, "holds no certificate"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            server_access(serve_config(flags | wrong, {}, None, ()))
+    for alone in ({"admin_tls_cert": certificate}, {"admin_tls_key": key}, {"admin_client_ca": str(ca)}):
+        with pytest.raises(ConfigError, match="--admin-tls-cert"):
+            serve_config({"model": "m"} | alone, {}, None, ())
+    with pytest.raises(ConfigError, match="--admin-cert needs --admin-ca"):
+        client_access({"admin_cert": other, "admin_key": other_key}, {})
