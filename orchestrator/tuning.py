@@ -111,7 +111,11 @@ class Tuning:
 
     def __init__(self, started_with: CoreParams) -> None:
         self.started_with = started_with
-        self._parameters = parameters(started_with)
+
+    @property
+    def _parameters(self) -> dict[str, Parameter]:
+        """Made anew each time: the core's state is values only, so that a journal can hold it."""
+        return parameters(self.started_with)
 
     def policy(self, params: CoreParams) -> Policy:
         values = tuple((path, parameter.read(params)) for path, parameter in self._parameters.items())
