@@ -149,7 +149,9 @@ class _Writer:
                 written |= {KIND: "array", "of": value.dtype.str, "shape": list(value.shape)}
                 written[CONTENT] = base64.b64encode(value.tobytes()).decode()
             case _:
-                kind: type = type(value)
+                kind: Any = type(value)
+                if kind.__new__ is not object.__new__:
+                    raise Unwritable(f"{kind.__name__} may hold more than its attributes")
                 written[KIND] = _name_of(kind)
                 written |= self._attributes(value, depth)
         return written

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TypeVar
 
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
@@ -136,7 +137,7 @@ async def compose(
         margin_steps=config.margin_steps,
         rest_s=config.rest_s,
         max_migrations=config.max_migrations,
-        journal=config.journal,
+        journal=_whole_path(config.journal),
         journal_part_bytes=config.journal_part_mib << 20,
         journal_parts=config.journal_parts,
         log_level=config.log_level,
@@ -197,6 +198,11 @@ async def _reported(name: str, work: Coroutine[None, None, Started], on_progress
     except (ActorGone, CallFailed, StartUpError) as error:
         on_progress(Progress(name, Phase.FAILED, str(error)))
         raise StartUpError(f"{name}: {error}") from error
+
+
+def _whole_path(path: str) -> str:
+    """Of a file that another process opens, in whatever folder that one works."""
+    return str(Path(path).absolute()) if path else ""
 
 
 def _engine_name(kind: EngineKind) -> str:
