@@ -37,6 +37,8 @@ from orchestrator.events import (
     MigrateRequested,
     MigrationEnded,
     MigrationNumber,
+    PriorityAnswered,
+    PriorityRequested,
     ReportReceived,
     RequestsReceived,
     Ticked,
@@ -47,6 +49,7 @@ from orchestrator.events import (
 from orchestrator.policy.drain import plan_drain
 from orchestrator.policy.moves import InstanceView, Move
 from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
 from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
 
@@ -63,6 +66,7 @@ class Orchestrator:
         self._history: deque[MigrationRecord] = deque(maxlen=params.max_history)
         self._drain_waiters: dict[Token, InstanceId] = {}
         self._num_migrations = 0
+        self._reprioritising = Reprioritising(params)
         self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._pair_rests: RestingPlace[tuple[InstanceId, InstanceId]] = RestingPlace(params.max_resting)
@@ -94,6 +98,11 @@ class Orchestrator:
                 return self._on_undrain_requested(event)
             case MigrateRequested():
                 return self._on_migrate_requested(event, now_s)
+            case PriorityRequested():
+                return self._reprioritising.on_requested(event, self._instances)
+            case PriorityAnswered():
+                moves = [*self._history, *self._in_flight.values()]
+                return self._reprioritising.on_answered(event, self._instances, moves)
             case WaiterGone():
                 return self._on_waiter_gone(event)
             case _:
@@ -103,7 +112,7 @@ class Orchestrator:
         """What is known now, frozen."""
         instances = [*self._stopped, *self._instances.values()]
         migrations = [*self._history, *self._in_flight.values()]
-        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s)
+        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s, self._params.rebalance.load)
 
     # ------------------------------------------------------------------ who is there
     def _on_instance_started(self, event: InstanceStarted) -> list[Effect]:
@@ -260,6 +269,7 @@ class Orchestrator:
 
     def _on_waiter_gone(self, event: WaiterGone) -> list[Effect]:
         self._drain_waiters.pop(event.token, None)
+        self._reprioritising.on_waiter_gone(event.token)
         for number, record in self._in_flight.items():
             if record.token == event.token:
                 self._in_flight[number] = view.without_caller(record)
@@ -320,6 +330,7 @@ class Orchestrator:
             pair = (record.source.instance, record.destination.instance)
             self._pair_rests.rest(pair, now_s + rest.pair_rest_s)
         effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []
+        effects += self._reprioritising.on_migration_ended(ended, self._instances)
         for instance in (record.source.instance, record.destination.instance):
             if instance in self._instances:
                 effects += self._check_drained(self._instances[instance])
@@ -333,6 +344,7 @@ class Orchestrator:
         assert len(self._gateways) <= params.max_gateways
         assert len(self._drain_waiters) <= params.max_waiters
         assert set(self._drain_waiters.values()) <= self._instances.keys(), "a waiter of no instance"
+        self._reprioritising.check_integrity(self._in_flight.values())
         moving = [record.request_id for record in self._in_flight.values()]
         assert len(moving) == len(set(moving)), "a request moves twice at once"
         assert all(record.outcome is None for record in self._in_flight.values())

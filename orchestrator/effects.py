@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from instance.lifecycle import State
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
-from orchestrator.events import MigrationNumber, Token
+from orchestrator.events import ChangeNumber, MigrationNumber, Token
 from orchestrator.state import MigrationRecord
 
 
@@ -32,6 +32,17 @@ class SetDraining:
     instance: InstanceId
     epoch: Epoch
     draining: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetPriority:
+    """Have the owner of a request change its priority; the shell answers with one `PriorityAnswered`."""
+
+    number: ChangeNumber
+    request_id: RequestId
+    owner: Incarnation
+    priority: int
     reason: str
 
 
@@ -91,7 +102,23 @@ class MigrationFinished:
     record: MigrationRecord
 
 
-Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished
+@dataclass(frozen=True, slots=True)
+class Reprioritised:
+    """A request has another priority now."""
+
+    request_id: RequestId
+    instance: InstanceId
+    previous: int
+    priority: int
+    change: str
+    """Both by name, such as `normal (0) -> high (-10)`."""
+    status: str
+    """Where it stood at that moment: running, waiting or preempted."""
+    effect: str
+    """What follows from it, in words."""
+
+
+Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished | Reprioritised
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +129,4 @@ class Answer:
     result: Result
 
 
-Effect = StartMigration | SetDraining | UpdateMembers | FenceInstance | Answer
+Effect = StartMigration | SetDraining | SetPriority | UpdateMembers | FenceInstance | Answer

@@ -9,6 +9,7 @@ from instance.messages import LoadReport, RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 from orchestrator.events import MigrationFigures, MigrationNumber, Token
 from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.levels import DEFAULT_LEVELS, Levels, parse_levels
 from orchestrator.policy.rebalance import RebalanceParams
 
 
@@ -18,6 +19,8 @@ class CoreParams:
 
     rebalance: RebalanceParams = field(default_factory=RebalanceParams)
     drain: DrainParams = field(default_factory=DrainParams)
+    levels: Levels = field(default_factory=lambda: parse_levels(DEFAULT_LEVELS))
+    """Of priority; `rebalance.load` and `drain.load` are `levels.load_params`."""
     is_rebalancing: bool = True
     """False: requests move by command and by drain only."""
     max_migrations_out: int = 2

@@ -12,6 +12,7 @@ from migration.types import Incarnation, InstanceId, RequestId
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
 from orchestrator.events import MigrateRequested, MigrationEnded
+from orchestrator.policy.load import NO_HEADROOM, LoadParams
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.state import (
     CoreParams,
@@ -90,7 +91,7 @@ def find_move(
     destination = instances.get(event.destination)
     if destination is None:
         return no_such_instance(event.destination, instances)
-    found = _find_request(event.reference, instances)
+    found = find_request(event.reference, instances)
     if isinstance(found, Refused):
         return found
     source, request = found
@@ -108,7 +109,7 @@ def find_move(
     )
 
 
-def _find_request(
+def find_request(
     reference: str, instances: Mapping[InstanceId, InstanceRecord]
 ) -> tuple[InstanceRecord, RequestLoad] | Refused:
     """Exact engine id, else exact client id, else a prefix of either; the best kind of match that finds any decides."""
@@ -173,12 +174,16 @@ def ended(record: MigrationRecord, event: MigrationEnded, now_s: float) -> Migra
 
 
 def snapshot(
-    instances: list[InstanceRecord], gateways: list[GatewayRecord], migrations: list[MigrationRecord], now_s: float
+    instances: list[InstanceRecord],
+    gateways: list[GatewayRecord],
+    migrations: list[MigrationRecord],
+    now_s: float,
+    params: LoadParams = NO_HEADROOM,
 ) -> Snapshot:
     by_name = sorted(instances, key=lambda record: (record.instance, record.epoch))
     return Snapshot(
         now_s=now_s,
-        instances=tuple(_instance_snapshot(record, now_s) for record in by_name),
+        instances=tuple(_instance_snapshot(record, now_s, params) for record in by_name),
         gateways=tuple(
             GatewaySnapshot(item.gateway, item.url, item.process_id, item.alive)
             for item in sorted(gateways, key=lambda item: item.gateway)
@@ -187,9 +192,9 @@ def snapshot(
     )
 
 
-def _instance_snapshot(record: InstanceRecord, now_s: float) -> InstanceSnapshot:
+def _instance_snapshot(record: InstanceRecord, now_s: float, params: LoadParams) -> InstanceSnapshot:
     load = record.load
-    left = freeness_steps(load) if load is not None and record.state is State.SERVING else -math.inf
+    left = freeness_steps(load, params) if load is not None and record.state is State.SERVING else -math.inf
     return InstanceSnapshot(
         incarnation=Incarnation(record.instance, record.epoch, record.incarnation.address),
         model=record.model,

@@ -16,6 +16,10 @@ from orchestrator.errors import OrchestratorError, Unreachable
 MAX_MESSAGE_BYTES = 4 << 20
 CONNECT_S = 3.0
 MIGRATE_S = 90.0
+_ANSWERED = ("did not start draining", "try again", "again is safe")
+"""Words of an orchestrator that answers UNAVAILABLE, in place of nobody who answers."""
+PRIORITY_S = 30.0
+"""A change waits for the step that runs, and for the end of a migration that has stopped the request."""
 
 
 class AdminClient:
@@ -76,6 +80,14 @@ class AdminClient:
         except grpc.RpcError as error:
             raise self._meaning(error) from error
 
+    def set_priority(self, request: str, level: str) -> pb.SetRequestPriorityResponse:
+        """`level`: a level's name, or a number."""
+        try:
+            ask = pb.SetRequestPriorityRequest(name=f"requests/{request}", level=level)
+            return self._stub.SetRequestPriority(ask, timeout=PRIORITY_S)
+        except grpc.RpcError as error:
+            raise self._meaning(error) from error
+
     def drain(self, instance: str, wait: bool, deadline_s: float | None = None) -> Iterator[pb.DrainInstanceResponse]:
         """Progress; the last one says `done` when `wait`."""
         try:
@@ -94,7 +106,7 @@ class AdminClient:
     def _meaning(self, error: grpc.RpcError) -> OrchestratorError:
         call = cast(grpc.Call, error)  # every error of a stub is one; the stubs' types do not say so
         code, details = call.code(), call.details() or "no details"
-        if code is grpc.StatusCode.UNAVAILABLE and "did not start draining" not in details:
+        if code is grpc.StatusCode.UNAVAILABLE and not any(words in details for words in _ANSWERED):
             return Unreachable(
                 f"nothing answers at the admin address {self._address}: is `kvferry serve` running there?"
             )

@@ -15,9 +15,9 @@ from migration.types import InstanceId
 from orchestrator.admin import convert
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
-from orchestrator.effects import MigrationFinished, Refused, Result
+from orchestrator.effects import MigrationFinished, Refused, Reprioritised, Result
 from orchestrator.errors import StartUpError
-from orchestrator.events import DrainRequested, Event, MigrateRequested, Token, UndrainRequested
+from orchestrator.events import DrainRequested, Event, MigrateRequested, PriorityRequested, Token, UndrainRequested
 from orchestrator.state import Snapshot
 
 SERVICE = "kvferry.admin.v1.AdminService"
@@ -86,6 +86,18 @@ class AdminService(pb_grpc.AdminServiceServicer):
         if not isinstance(result, MigrationFinished):
             await _decline(result, context)
         return pb.MigrateRequestResponse(migration=convert.migration(result.record, self._brain.snapshot().now_s))
+
+    async def SetRequestPriority(
+        self, request: pb.SetRequestPriorityRequest, context: Context
+    ) -> pb.SetRequestPriorityResponse:
+        reference = request.name.removeprefix(convert.REQUESTS)
+        if not reference:
+            await _fail(context, grpc.StatusCode.INVALID_ARGUMENT, "name a request: requests/NAME")
+        asked_by = "admin API SetRequestPriority"
+        result = await self._brain.ask(lambda token: PriorityRequested(token, reference, request.level, asked_by))
+        if not isinstance(result, Reprioritised):
+            await _decline(result, context)
+        return convert.reprioritised(result)
 
     async def DrainInstance(
         self, request: pb.DrainInstanceRequest, context: Context

@@ -15,6 +15,8 @@ from orchestrator.admin.service import AdminServer
 from orchestrator.core import Orchestrator
 from orchestrator.errors import StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
+from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.levels import parse_levels
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.runtime.journal import Journal
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
@@ -90,10 +92,16 @@ class OrchestratorActor:
 
 
 def _core_params(spec: OrchestratorSpec) -> CoreParams:
+    levels = parse_levels(spec.priority_levels)
     return CoreParams(
         rebalance=RebalanceParams(
-            threshold_steps=spec.threshold_steps, margin_steps=spec.margin_steps, rest_s=spec.rest_s
+            threshold_steps=spec.threshold_steps,
+            margin_steps=spec.margin_steps,
+            rest_s=spec.rest_s,
+            load=levels.load_params,
         ),
+        drain=DrainParams(load=levels.load_params),
+        levels=levels,
         is_rebalancing=spec.rebalance,
         max_migrations_out=spec.max_migrations,
         max_migrations_in=spec.max_migrations,

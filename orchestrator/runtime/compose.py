@@ -92,6 +92,8 @@ def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
             port=config.port,
             gateway=f"gateway-{index}",
             reuse_port=config.gateways > 1,
+            priority_levels=config.priority_levels,
+            key_priorities=config.key_priorities,
             token=token,
         )
         for index in range(config.gateways)
@@ -133,6 +135,7 @@ async def compose(
         margin_steps=config.margin_steps,
         rest_s=config.rest_s,
         max_migrations=config.max_migrations,
+        priority_levels=config.priority_levels,
         journal=config.journal,
         log_level=config.log_level,
         token=token,

@@ -23,10 +23,11 @@ from orchestrator.effects import (
     Member,
     Result,
     SetDraining,
+    SetPriority,
     StartMigration,
     UpdateMembers,
 )
-from orchestrator.errors import ActorGone, CallFailed, LimitExceeded
+from orchestrator.errors import ActorGone, CallFailed, LimitExceeded, RefusalKind
 from orchestrator.events import (
     DrainingSet,
     Event,
@@ -36,6 +37,7 @@ from orchestrator.events import (
     InstanceStarted,
     MigrationEnded,
     MigrationFigures,
+    PriorityAnswered,
     ReportReceived,
     RequestsReceived,
     Ticked,
@@ -188,6 +190,18 @@ class OrchestratorLoop:
             case SetDraining():
                 _log.info("set draining %s", fields(instance=effect.instance, draining=effect.draining))
                 self._spawn(self._set_draining(effect), f"draining-{effect.instance}")
+            case SetPriority():
+                _log.info(
+                    "set priority %s",
+                    fields(
+                        number=effect.number,
+                        request=effect.request_id,
+                        instance=effect.owner.instance,
+                        priority=effect.priority,
+                        reason=effect.reason,
+                    ),
+                )
+                self._spawn(self._set_priority(effect), f"priority-{effect.number}")
             case UpdateMembers():
                 _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
                 self._members = effect.members
@@ -229,6 +243,20 @@ class OrchestratorLoop:
         except (ActorGone, CallFailed) as failure:
             error = str(failure)
         self.handle(DrainingSet(effect.instance, effect.epoch, effect.draining, error))
+
+    async def _set_priority(self, effect: SetPriority) -> None:
+        number, owner = effect.number, effect.owner.instance
+        try:
+            answer = await self._fleet.set_priority(
+                self._actor_name(owner), effect.request_id, effect.priority, self._params.call_timeout_s
+            )
+        except ActorGone as error:
+            self.handle(PriorityAnswered(number, None, RefusalKind.OVERTAKEN, str(error)))
+        except CallFailed as error:
+            reason = f"{error}; whether it was set is not known, and setting it again is safe"
+            self.handle(PriorityAnswered(number, None, RefusalKind.UNAVAILABLE, reason))
+        else:
+            self.handle(PriorityAnswered(number, answer))
 
     async def _fence(self, effect: FenceInstance, peer_actor: str) -> None:
         """Tell one peer until it knows or is gone itself: until then it heeds what the dead one still says."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.policy.levels import DEFAULT_LEVELS
+
 
 class InstanceSeat(msgspec.Struct, frozen=True):
     """An instance that has started, and how to reach its actor."""
@@ -42,6 +44,7 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     rest_s: float = 10.0
     max_migrations: int = 2
     """In and out per instance."""
+    priority_levels: str = DEFAULT_LEVELS
     migrate_timeout_s: float = 3600.0
     journal: str = ""
     """File of events and decisions; none when empty."""
