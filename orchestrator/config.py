@@ -172,8 +172,9 @@ def _read_keys(path: Path, levels: Levels) -> tuple[tuple[str, int], ...]:
             raise ConfigError(f"{where}: the same key is there twice")
         try:
             found[digest] = levels.priority(str(level))
-        except BadLevel as error:
-            raise ConfigError(f"{where}: {error}") from error
+        except BadLevel:  # not in its words: they repeat the value, and the two sides of a line are easily swapped
+            names = ", ".join(one.name for one in levels.levels)
+            raise ConfigError(f"{where}: its level must be one of {names}, or a whole number") from None
     return tuple(sorted(found.items()))
 
 
