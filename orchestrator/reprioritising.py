@@ -24,6 +24,9 @@ from orchestrator.state import CoreParams, InstanceRecord, MigrationRecord
 MAX_TRIES = 4
 """Instances asked for one change: a request that keeps changing hands meanwhile is given up."""
 
+_UNKNOWN_OWNER = (Outcome.FAULT, Outcome.TIMED_OUT, Outcome.SOURCE_LOST, Outcome.DESTINATION_LOST)
+"""After a migration with such an end either side may own the request, until a report shows it."""
+
 
 @dataclass(slots=True)
 class _Change:
@@ -117,15 +120,19 @@ class Reprioritising:
     ) -> list[Effect]:
         """It is not to be had there: where has it gone, or when will it have?"""
         moves = [item for item in migrations if item.request_id == change.request_id]
-        latest = moves[-1] if moves else None
-        if latest is not None and latest.outcome is None:
-            change.waits_for = latest
+        in_flight = [item for item in moves if item.outcome is None]
+        if in_flight:
+            change.waits_for = in_flight[-1]
             return []
         if answer.outcome is PriorityOutcome.ON_THE_MOVE:
             reason = f"{change.request_id} is changing hands at {change.owner.instance}; try again"
             return self._end(change, Refused(RefusalKind.UNAVAILABLE, reason))
-        if latest is not None and latest.outcome is Outcome.COMMITTED and latest.destination != change.owner:
-            return self._ask_owner_after(change, latest, instances)
+        committed = [item for item in moves if item.outcome is Outcome.COMMITTED]
+        if committed and committed[-1].destination != change.owner:
+            return self._ask_owner_after(change, committed[-1], instances)
+        if moves and moves[-1].outcome in _UNKNOWN_OWNER:
+            reason = f"where {change.request_id} is now is not known; try again"
+            return self._end(change, Refused(RefusalKind.UNAVAILABLE, reason))
         return self._end(change, Refused(RefusalKind.NOT_FOUND, f"{change.request_id} has ended"))
 
     def _ask_owner_after(
