@@ -62,7 +62,7 @@ async def test_the_neighbour_of_a_stream_that_is_raised_moves_away_and_both_say_
     assert [await task for task in reading.values()] == [alone] * 3
     causes = [item["cause"] for item in (await asyncio.to_thread(serving.status))["migrations"]]
     assert causes and all(cause.startswith("isolate: 240 blocks are kept free") for cause in causes)
-    text = journal.read_text(encoding="utf-8")
+    text = await asyncio.to_thread(journal.read_text, encoding="utf-8")
     assert '"asked_by":"admin API SetRequestPriority"' in text and "normal (0) -> high (-10)" in text
     assert "vip-key" not in text
 
