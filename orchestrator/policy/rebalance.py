@@ -68,8 +68,19 @@ class _Side:
     load: LoadReport
     slots_out: int
     slots_in: int
-    steps: float
+    params: LoadParams
+    spare: float = 0.0
+    """Blocks free of virtual usage now."""
+    steps: float = 0.0
     """Its freeness now, in decode steps."""
+
+    def __post_init__(self) -> None:
+        self.look()
+
+    def look(self) -> None:
+        """After each change of its load."""
+        self.spare = spare_blocks(self.load, self.params)
+        self.steps = steps_left(self.spare, self.load.num_running, self.load.block_size)
 
 
 _Filed = tuple[float, InstanceId, _Side]
@@ -92,9 +103,7 @@ class _Plan:
         self._params = params
         self._taken: set[RequestId] = set(resting.requests)
         sides = [
-            _Side(view, view.load, view.slots_out, view.slots_in, freeness_steps(view.load, params.load))
-            for view in views
-            if not view.draining
+            _Side(view, view.load, view.slots_out, view.slots_in, params.load) for view in views if not view.draining
         ]
         self._sources = [_as_source(side) for side in sides if self._is_source(side)]
         """A heap, the least free first."""
@@ -153,7 +162,7 @@ class _Plan:
                 return
             if (source.view.instance, name) in self._resting.pairs:
                 continue
-            if not _may_pay(source.load, destination.load, smallest, self._params):
+            if not _may_pay(source, destination, smallest, self._params):
                 continue
             num_asked += 1
             if num_asked > self._params.max_destinations:
@@ -169,7 +178,7 @@ class _Plan:
         destination.load = after_joining(destination.load, request.priority, request.num_blocks)
         destination.slots_in -= 1
         for side in (source, destination):
-            side.steps = freeness_steps(side.load, self._params.load)
+            side.look()
             if self._is_source(side):
                 heapq.heappush(self._sources, _as_source(side))
             elif self._is_destination(side):
@@ -188,7 +197,7 @@ def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: Re
 
 
 def _groups(source: _Side, taken: set[RequestId], params: RebalanceParams) -> list[list[RequestLoad]]:
-    """The requests that may be asked, in the order of asking: those whose level has no headroom, then the others.
+    """The requests that may be asked, level by level, the least urgent first; together where levels have no headroom.
 
     Where memory is short only of headroom, it is made by moving requests that are less urgent than the level it is for.
     """
@@ -202,8 +211,11 @@ def _groups(source: _Side, taken: set[RequestId], params: RebalanceParams) -> li
     clear_for = _kept_clear_for(source.load, params)
     if clear_for is not None:
         movable = [request for request in movable if request.priority > clear_for]
-    with_headroom = [request for request in movable if params.load.headroom(request.priority)]
-    return [[request for request in movable if not params.load.headroom(request.priority)], with_headroom]
+    by_level: dict[float, list[RequestLoad]] = {}
+    for request in movable:
+        level = params.load.level(request.priority)
+        by_level.setdefault(math.inf if level is None else level, []).append(request)
+    return [by_level[level] for level in sorted(by_level, reverse=True)]
 
 
 def _kept_clear_for(load: LoadReport, params: RebalanceParams) -> int | None:
@@ -246,17 +258,17 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
     return gain if pays else None
 
 
-def _may_pay(source: LoadReport, destination: LoadReport, num_blocks: int, params: RebalanceParams) -> bool:
+def _may_pay(source: _Side, destination: _Side, num_blocks: int, params: RebalanceParams) -> bool:
     """Whether the destination has room and would be freer than the source, after a request of that size had moved.
 
     As `_gain` tells it, without making the reports of afterwards: this is asked of every pair.
     """
-    if num_blocks > destination.free_blocks:
+    here, there = source.load, destination.load
+    if num_blocks > there.free_blocks:
         return False
-    freed = min(num_blocks, source.total_blocks - source.free_blocks)
-    here, there = spare_blocks(source, params.load) + freed, spare_blocks(destination, params.load) - num_blocks
-    after = steps_left(there, destination.num_running + 1, destination.block_size)
-    return after - steps_left(here, source.num_running - 1, source.block_size) > params.margin_steps
+    freed = min(num_blocks, here.total_blocks - here.free_blocks)
+    after = steps_left(destination.spare - num_blocks, there.num_running + 1, there.block_size)
+    return after - steps_left(source.spare + freed, here.num_running - 1, here.block_size) > params.margin_steps
 
 
 def _cause(source: _Side, params: RebalanceParams) -> str:

@@ -30,6 +30,7 @@ PARAMS = st.builds(
             LoadParams(((0, 150), (1, 0), (2, 0))),
             LoadParams(((0, 120), (1, 40), (2, 0))),
             LoadParams(((0, 2 * TOTAL_BLOCKS), (2, 0))),
+            LoadParams(((0, 0), (1, 100), (2, 30))),
         ]
     ),
 )
@@ -185,21 +186,48 @@ def test_headroom_is_made_by_moving_neighbours_and_never_the_request_it_is_for(
 
 @UNTIMED
 @given(worlds(), PARAMS)
-def test_one_whose_level_has_headroom_moves_only_where_nobody_without_does_any_good(
-    world: World, params: RebalanceParams
-) -> None:
+def test_a_request_moves_only_where_no_less_urgent_level_does_any_good(world: World, params: RebalanceParams) -> None:
     views = {view.instance: view for view in views_of(world)}
     moves = plan_rebalance(tuple(views.values()), NOBODY_RESTS, params)
-    if not moves or not params.load.headroom(moves[0].priority):
+    if not moves or not params.load.headroom_blocks:
         return
     first = moves[0]
-    without = tuple(request for request in world[first.source] if not params.load.headroom(request.priority))
-    narrowed = {
-        **views,
-        first.source: dataclasses.replace(views[first.source], requests=without),
-    }
+    level = params.load.level(first.priority)
+    less_urgent = tuple(request for request in world[first.source] if level is not None and request.priority > level)
+    narrowed = {**views, first.source: dataclasses.replace(views[first.source], requests=less_urgent)}
     others = plan_rebalance(tuple(narrowed.values()), NOBODY_RESTS, params)
     assert not others or others[0].source != first.source
+
+
+def test_a_large_bulk_request_moves_to_the_second_best_before_a_small_urgent_one_to_the_best() -> None:
+    """The freest has no room for the bulk request. Memory itself is short, so that the urgent one might move, too."""
+    source = InstanceView(
+        InstanceId("source"),
+        load_report("source", free_blocks=0, num_running=20, running_by_priority=((0, 1), (2, 19))),
+        (request_load("bulk", 100, priority=2), request_load("urgent", 50, priority=0)),
+        False,
+        slots_out=1,
+        slots_in=1,
+        signal_age_s=0.1,
+    )
+    freest, roomy = (
+        InstanceView(
+            InstanceId(name),
+            load_report(name, total_blocks=total, free_blocks=free, num_running=num),
+            (),
+            False,
+            slots_out=1,
+            slots_in=1,
+            signal_age_s=0.1,
+        )
+        for name, total, free, num in (("freest", 80, 80, 0), ("roomy", 2_000, 1_500, 30))
+    )
+    assert freeness_steps(freest.load) > freeness_steps(roomy.load)
+    for load, expected in ((LoadParams(), "urgent"), (LoadParams(((0, 100), (2, 0))), "bulk")):
+        params = RebalanceParams(load=load)
+        moves = plan_rebalance((source, freest, roomy), NOBODY_RESTS, params)
+        assert [move.request_id for move in moves] == [expected]
+        assert moves == slow_rebalance.plan_rebalance((source, freest, roomy), NOBODY_RESTS, params)
 
 
 @UNTIMED

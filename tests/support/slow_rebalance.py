@@ -8,6 +8,7 @@ blocked head of the queue makes freeness negative, hence its instance a source: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from instance.messages import LoadReport, RequestLoad
@@ -93,15 +94,21 @@ def _best_move(
     clear_for = _kept_clear_for(source, params)
     if clear_for is not None:
         candidates = [request for request in candidates if request.priority > clear_for]
-    for with_headroom in (False, True):
+    for level in sorted({_level(request, params) for request in candidates}, reverse=True):
         for destination in destinations:
             for request in candidates:
-                if bool(params.load.headroom(request.priority)) is not with_headroom:
+                if _level(request, params) != level:
                     continue
                 gain = _gain(source, destination, request, params)
                 if gain is not None:
                     return _book(source, destination, request, gain)
     return None
+
+
+def _level(request: RequestLoad, params: RebalanceParams) -> float:
+    """All alike where there are no levels."""
+    level = params.load.level(request.priority)
+    return math.inf if level is None else level
 
 
 def _kept_clear_for(source: _Side, params: RebalanceParams) -> int | None:
