@@ -13,6 +13,7 @@ from typer.models import OptionInfo
 from orchestrator import cli_admin, config
 from orchestrator.cli_client import Admin, before_the_command, connect
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.policy.levels import DEFAULT_LEVELS
 
 BAD_INPUT = 2
 NOT_DONE = 1
@@ -31,6 +32,7 @@ _MINE = "Cluster"
 _ACCESS = "Who may use the admin API"
 _CARRIAGE = "Moving KV blocks"
 _TUNING = "Rebalancing"
+_PRIORITIES = "Priorities"
 
 
 def _option(text: str, variable: str, default: object, panel: str = _MINE, hidden: bool = False) -> OptionInfo:
@@ -43,6 +45,8 @@ def _option(text: str, variable: str, default: object, panel: str = _MINE, hidde
 _CARRIER = "What moves KV blocks: shm, tcp, or nccl (GPUs only; never run on one yet)."
 _COPIES = "Budget of copies from an instance while requests decode on, and again to it, in MB/s; 0: no limit."
 _COPIES_SUIT = "12.5 without a GPU, no limit with one"
+_LEVELS = "NAME:RANK[:BLOCKS],...: vLLM's rank (lower is urgent), and blocks kept free beside one that runs."
+_KEYS = "YAML file of API keys and the level of each, the most urgent it may have."
 _CHECKSUM = "Sum every chunk of blocks, and refuse one that came otherwise. Not with nccl."
 
 
@@ -109,6 +113,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     max_migrations: Annotated[
         int | None, _option("At once, in and out per instance.", "MAX_MIGRATIONS", 2, _TUNING)
     ] = None,
+    priority_levels: Annotated[str | None, _option(_LEVELS, "PRIORITY_LEVELS", DEFAULT_LEVELS, _PRIORITIES)] = None,
+    priority_keys: Annotated[str | None, _option(_KEYS, "PRIORITY_KEYS", "none", _PRIORITIES)] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
     journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
     journal_part_mib: Annotated[
@@ -146,6 +152,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "margin_steps": margin_steps,
         "rest_s": rest_s,
         "max_migrations": max_migrations,
+        "priority_levels": priority_levels,
+        "priority_keys": priority_keys,
         "start_timeout_s": start_timeout_s,
         "journal": journal,
         "journal_part_mib": journal_part_mib,
@@ -189,6 +197,20 @@ def migrate(
     print(shown.migration_line(migration))
     if not shown.is_committed(migration):
         raise typer.Exit(NOT_DONE)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # -10 is a level
+def priority(
+    request: Annotated[str, typer.Argument(help="Engine's or client's request id, or a prefix that fits only one.")],
+    level: Annotated[str, typer.Argument(help="A level's name, or a number: lower is more urgent.")],
+    admin: Admin = None,
+) -> None:
+    """Make one request more, or less, urgent while it waits or runs."""
+    from orchestrator import cli_status as shown  # noqa: PLC0415
+    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
+
+    with AdminClient(config.admin_address(admin)) as client:
+        print(shown.priority_line(client.set_priority(request, level)))
 
 
 @app.command()

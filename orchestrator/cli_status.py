@@ -209,6 +209,13 @@ def migration_line(migration: pb.Migration) -> str:
     )
 
 
+def priority_line(answer: pb.SetRequestPriorityResponse) -> str:
+    """A change of priority in one line."""
+    where = answer.instance.removeprefix(INSTANCES)
+    effect = f"; {answer.effect}" if answer.effect else ""
+    return f"{answer.name.removeprefix(REQUESTS)}: {answer.change} on {where}{effect}"
+
+
 def follow_drain(instance: str, progress: Iterable[pb.DrainInstanceResponse]) -> None:
     """Print each change of what is left."""
     last = -1

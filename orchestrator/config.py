@@ -17,13 +17,17 @@ from typing import Any, get_type_hints
 from instance.spec import Carrier
 from orchestrator.access import ClientAccess, ServerAccess, is_loopback
 from orchestrator.errors import ConfigError
+from orchestrator.gateway.priorities import key_digest
 from orchestrator.policy.dispatch import Rule
+from orchestrator.policy.levels import DEFAULT_LEVELS, BadLevel, Levels, parse_levels
 
 PREFIX = "KVFERRY_"
 MIN_TOKEN_CHARS = 16
 CLIENT_FLAGS = ("admin_token_file", "admin_ca", "admin_cert", "admin_key")
 """Of the commands that speak to the admin API."""
 DEFAULT_ADMIN = "127.0.0.1:50051"
+DIGEST_PREFIX = "sha256:"
+"""Of an API key that is given by its digest."""
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -75,6 +79,11 @@ class ServeConfig:
     rest_s: float = 10.0
     max_migrations: int = 2
     start_timeout_s: float = 300.0
+    priority_levels: str = DEFAULT_LEVELS
+    priority_keys: str = ""
+    """File of API keys and the level of each."""
+    key_priorities: tuple[tuple[str, int], ...] = dataclasses.field(default=(), repr=False)
+    """What that file says: (digest of a key, priority); has no flag."""
     journal: str = ""
     journal_part_mib: int = 32
     journal_parts: int = 4
@@ -122,6 +131,10 @@ class ServeConfig:
             not self.admin_client_ca or bool(self.admin_tls_cert),
             "--admin-client-ca needs --admin-tls-cert and --admin-tls-key",
         )
+        try:
+            parse_levels(self.priority_levels)
+        except BadLevel as error:
+            raise ConfigError(f"--priority-levels: {error}") from error
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 
@@ -137,7 +150,7 @@ def serve_config(
     if not isinstance(file_argv, list):
         raise ConfigError(f"{file}: engine_argv must be a list, such as ['--max-model-len', '2048']")
     for field in dataclasses.fields(ServeConfig):
-        if field.name == "engine_argv":
+        if field.name in ("engine_argv", "key_priorities"):
             continue
         variable = PREFIX + field.name.upper()
         flag = flags.get(field.name)
@@ -151,7 +164,11 @@ def serve_config(
     if in_file:
         raise ConfigError(f"{file}: unknown setting {sorted(in_file)[0]!r}")
     merged.setdefault("model", "")
-    return ServeConfig(**merged, engine_argv=(*(str(argument) for argument in file_argv), *engine_argv))
+    config = ServeConfig(**merged, engine_argv=(*(str(argument) for argument in file_argv), *engine_argv))
+    if not config.priority_keys:
+        return config
+    keys = _read_keys(Path(config.priority_keys), parse_levels(config.priority_levels))
+    return dataclasses.replace(config, key_priorities=keys)
 
 
 def serve_config_here(flags: Mapping[str, object], file: Path | None, engine_argv: tuple[str, ...]) -> ServeConfig:
@@ -241,20 +258,53 @@ def _bytes(path: str, flag: str) -> bytes:
         raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    import yaml  # noqa: PLC0415 - only needed here
+def _read_keys(path: Path, levels: Levels) -> tuple[tuple[str, int], ...]:
+    """YAML: `KEY: LEVEL`, or `sha256:DIGEST: LEVEL` in quotes. Only digests leave this function, in errors neither
+    appears: keys are told by their line. Raises ConfigError."""
+    entries = _read_yaml(path, is_secret=True)
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError(f"--priority-keys: {path} must hold keys and their levels, such as `some-key: high`")
+    found: dict[str, int] = {}
+    for number, (key, level) in enumerate(entries.items(), start=1):
+        where = f"--priority-keys: {path}, entry {number}"
+        if not isinstance(key, str) or not key:
+            raise ConfigError(f"{where}: the key must be text, in quotes where it looks like a number")
+        digest = key.removeprefix(DIGEST_PREFIX).lower() if key.startswith(DIGEST_PREFIX) else key_digest(key.encode())
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ConfigError(f"{where}: {DIGEST_PREFIX} must be followed by 64 hexadecimal digits")
+        if digest in found:
+            raise ConfigError(f"{where}: the same key is there twice")
+        try:
+            found[digest] = levels.priority(str(level))
+        except BadLevel:  # not in its words: they repeat the value, and the two sides of a line are easily swapped
+            names = ", ".join(one.name for one in levels.levels)
+            raise ConfigError(f"{where}: its level must be one of {names}, or a whole number") from None
+    return tuple(sorted(found.items()))
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+def _read_file(path: Path) -> dict[str, Any]:
+    content = _read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold settings, such as `instances: 2`")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _read_yaml(path: Path, *, is_secret: bool = False) -> Any:
+    """`is_secret`: no word of the file may stand in an error. Raises ConfigError."""
+    import yaml  # noqa: PLC0415 - only needed here
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" (line {mark.line + 1})"
+        raise ConfigError(f"{path} is not YAML{where if is_secret else ': ' + ' '.join(str(error).split())}") from None
 
 
 def _parsed(value: object, kind: type, where: str) -> object:

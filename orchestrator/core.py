@@ -42,6 +42,8 @@ from orchestrator.events import (
     MigrationNumber,
     MigrationWithdrawn,
     PolicyUpdateRequested,
+    PriorityAnswered,
+    PriorityRequested,
     ReportReceived,
     RequestCancelled,
     RequestsReceived,
@@ -53,6 +55,7 @@ from orchestrator.events import (
 from orchestrator.policy.drain import plan_drain
 from orchestrator.policy.moves import InstanceView, Move, smooth_copy_time
 from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
 from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
 from orchestrator.tuning import Policy, Tuning
@@ -72,11 +75,12 @@ class Orchestrator:
         self._cancellations = Cancellations(params.max_waiters)
         self._tuning = Tuning(params)
         self._num_migrations = 0
+        self._reprioritising = Reprioritising(params)
         self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._pair_rests: RestingPlace[tuple[InstanceId, InstanceId]] = RestingPlace(params.max_resting)
 
-    def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911 - one case an event
+    def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911, PLR0912 - one case an event
         """Take one event in. Raises LimitExceeded, and changes nothing, when there are too many processes."""
         match event:
             case InstanceStarted():
@@ -108,6 +112,11 @@ class Orchestrator:
             case PolicyUpdateRequested():
                 answer, self._params = self._tuning.on(event, self._params)
                 return [answer]
+            case PriorityRequested():
+                return self._reprioritising.on_requested(event, self._instances)
+            case PriorityAnswered():
+                moves = [*self._history, *self._in_flight.values()]
+                return self._reprioritising.on_answered(event, self._instances, moves)
             case WaiterGone():
                 return self._on_waiter_gone(event)
             case _:
@@ -117,7 +126,7 @@ class Orchestrator:
         """What is known now, frozen."""
         instances = [*self._stopped, *self._instances.values()]
         migrations = [*self._history, *self._in_flight.values()]
-        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s)
+        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s, self._params.rebalance.load)
 
     def policy(self) -> Policy:
         """The parameters by which it decides now."""
@@ -281,6 +290,7 @@ class Orchestrator:
     def _on_waiter_gone(self, event: WaiterGone) -> list[Effect]:
         self._drain_waiters.pop(event.token, None)
         self._cancellations.forget(event.token)
+        self._reprioritising.on_waiter_gone(event.token)
         for number, record in self._in_flight.items():
             if record.token == event.token:
                 self._in_flight[number] = view.without_caller(record)
@@ -344,6 +354,7 @@ class Orchestrator:
             self._pair_rests.rest(pair, now_s + rest.pair_rest_s)
         effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []
         effects += self._cancellations.on_migration_ended(ended)
+        effects += self._reprioritising.on_migration_ended(ended, self._instances)
         for instance in (record.source.instance, record.destination.instance):
             if instance in self._instances:
                 effects += self._check_drained(self._instances[instance])
@@ -364,6 +375,7 @@ class Orchestrator:
         assert len(self._gateways) <= params.max_gateways
         assert len(self._drain_waiters) <= params.max_waiters
         assert set(self._drain_waiters.values()) <= self._instances.keys(), "a waiter of no instance"
+        self._reprioritising.check_integrity(self._in_flight.values())
         moving = [record.request_id for record in self._in_flight.values()]
         assert len(moving) == len(set(moving)), "a request moves twice at once"
         assert all(record.outcome is None for record in self._in_flight.values())

@@ -8,7 +8,7 @@ from instance.lifecycle import State
 from instance.messages import RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
-from orchestrator.events import MigrationNumber, PolicyValue, Token
+from orchestrator.events import ChangeNumber, MigrationNumber, PolicyValue, Token
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.state import CoreParams, MigrationRecord
 
@@ -34,6 +34,17 @@ class SetDraining:
     instance: InstanceId
     epoch: Epoch
     draining: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetPriority:
+    """Have the owner of a request change its priority; the shell answers with one `PriorityAnswered`."""
+
+    number: ChangeNumber
+    request_id: RequestId
+    owner: Incarnation
+    priority: int
     reason: str
 
 
@@ -151,8 +162,32 @@ class PolicyUpdated:
     validate_only: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reprioritised:
+    """A request has another priority now."""
+
+    request_id: RequestId
+    instance: InstanceId
+    previous: int
+    priority: int
+    change: str
+    """Both by name, such as `normal (0) -> high (-10)`."""
+    status: str
+    """Where it stood at that moment: running, waiting or preempted."""
+    effect: str
+    """What follows from it, in words."""
+
+
 Result = (
-    Refused | DrainAccepted | Drained | Undrained | MigrationFinished | RequestEnded | PolicyRefused | PolicyUpdated
+    Refused
+    | DrainAccepted
+    | Drained
+    | Undrained
+    | MigrationFinished
+    | RequestEnded
+    | PolicyRefused
+    | PolicyUpdated
+    | Reprioritised
 )
 
 
@@ -164,4 +199,6 @@ class Answer:
     result: Result
 
 
-Effect = StartMigration | SetDraining | UpdateMembers | FenceInstance | EndRequest | WithdrawMigration | Answer
+Effect = (
+    StartMigration | SetDraining | SetPriority | UpdateMembers | FenceInstance | EndRequest | WithdrawMigration | Answer
+)

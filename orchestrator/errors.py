@@ -33,6 +33,8 @@ class RefusalKind(Enum):
     """Why the orchestrator declines a command. News for the caller, not an error of ours."""
 
     NOT_FOUND = "not_found"
+    INVALID = "invalid"
+    """What is asked for cannot be read."""
     AMBIGUOUS = "ambiguous"
     """The name fits several requests."""
     PRECONDITION = "precondition"

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import NewType
 
 from instance.messages import LoadReport, RequestReport
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId, Outcome
+from orchestrator.errors import RefusalKind
 
 Token = NewType("Token", int)
 """Names one waiting caller of the shell; the core answers it exactly once."""
 
 MigrationNumber = NewType("MigrationNumber", int)
 """The orchestrator's own count of the migrations it started, from 1."""
+
+ChangeNumber = NewType("ChangeNumber", int)
+"""The orchestrator's own count of the changes of priority, from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,29 @@ class PolicyUpdateRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class PriorityRequested:
+    """Somebody wants a request to be more, or less, urgent."""
+
+    token: Token
+    reference: str
+    """As in `MigrateRequested`."""
+    level: str
+    """A level's name, or a number."""
+    asked_by: str
+    """The way it came, such as `admin API SetRequestPriority`; never a secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityAnswered:
+    """Exactly one for each `SetPriority`: the instance's answer, or why there is none."""
+
+    number: ChangeNumber
+    answer: PriorityAnswer | None
+    failure: RefusalKind = RefusalKind.UNAVAILABLE
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WaiterGone:
     """The caller no longer waits; its token must not be answered."""
 
@@ -197,5 +225,7 @@ Event = (
     | CancelMigrationRequested
     | MigrationWithdrawn
     | PolicyUpdateRequested
+    | PriorityRequested
+    | PriorityAnswered
     | WaiterGone
 )

@@ -10,6 +10,7 @@ from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 from orchestrator.events import MigrationFigures, MigrationNumber, Token
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.levels import DEFAULT_LEVELS, Levels, parse_levels
 from orchestrator.policy.rebalance import RebalanceParams
 
 
@@ -21,6 +22,8 @@ class CoreParams:
     drain: DrainParams = field(default_factory=DrainParams)
     dispatch: DispatchParams = field(default_factory=DispatchParams)
     """Gateways are told with their members."""
+    levels: Levels = field(default_factory=lambda: parse_levels(DEFAULT_LEVELS))
+    """Of priority; `rebalance.load` and `drain.load` are `levels.load_params`."""
     is_rebalancing: bool = True
     """False: requests move by command and by drain only."""
     max_migrations_out: int = 2

@@ -13,6 +13,7 @@ from migration.types import Incarnation, InstanceId, RequestId
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
 from orchestrator.events import MigrateRequested, MigrationEnded
+from orchestrator.policy.load import NO_HEADROOM, LoadParams
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.state import (
     CoreParams,
@@ -181,12 +182,16 @@ def ended(record: MigrationRecord, event: MigrationEnded, now_s: float) -> Migra
 
 
 def snapshot(
-    instances: list[InstanceRecord], gateways: list[GatewayRecord], migrations: list[MigrationRecord], now_s: float
+    instances: list[InstanceRecord],
+    gateways: list[GatewayRecord],
+    migrations: list[MigrationRecord],
+    now_s: float,
+    params: LoadParams = NO_HEADROOM,
 ) -> Snapshot:
     by_name = sorted(instances, key=lambda record: (record.instance, record.epoch))
     return Snapshot(
         now_s=now_s,
-        instances=tuple(_instance_snapshot(record, now_s) for record in by_name),
+        instances=tuple(_instance_snapshot(record, now_s, params) for record in by_name),
         gateways=tuple(
             GatewaySnapshot(item.gateway, item.url, item.process_id, item.alive)
             for item in sorted(gateways, key=lambda item: item.gateway)
@@ -195,9 +200,9 @@ def snapshot(
     )
 
 
-def _instance_snapshot(record: InstanceRecord, now_s: float) -> InstanceSnapshot:
+def _instance_snapshot(record: InstanceRecord, now_s: float, params: LoadParams) -> InstanceSnapshot:
     load = record.load
-    left = freeness_steps(load) if load is not None and record.state is State.SERVING else -math.inf
+    left = freeness_steps(load, params) if load is not None and record.state is State.SERVING else -math.inf
     return InstanceSnapshot(
         incarnation=Incarnation(record.instance, record.epoch, record.incarnation.address),
         model=record.model,

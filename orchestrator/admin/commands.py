@@ -13,13 +13,14 @@ from orchestrator.admin import convert
 from orchestrator.admin.failures import Failure, declined, invalid
 from orchestrator.admin.idempotency import Repetitions
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
-from orchestrator.effects import MigrationFinished, Refused, RequestEnded, Result
+from orchestrator.effects import MigrationFinished, Refused, Reprioritised, RequestEnded, Result
 from orchestrator.events import (
     CancelMigrationRequested,
     CancelRequested,
     DrainRequested,
     Event,
     MigrateRequested,
+    PriorityRequested,
     Token,
     UndrainRequested,
 )
@@ -28,6 +29,10 @@ from orchestrator.tuning import Policy
 
 PROGRESS_S = 0.25
 """Time between two progress messages of a drain."""
+
+
+SET_PRIORITY = "admin API SetRequestPriority"
+"""Who asked, as the journal says it."""
 
 
 class Brain(Protocol):
@@ -57,6 +62,13 @@ class Commander:
         self._check_epoch(destination, asked.destination_epoch if asked.HasField("destination_epoch") else None)
         result = await self._brain.ask(lambda token: MigrateRequested(token, reference, destination, mode))
         return pb.MigrateRequestResponse(migration=self._migration(result))
+
+    async def set_request_priority(self, asked: pb.SetRequestPriorityRequest) -> pb.SetRequestPriorityResponse:
+        reference = convert.bare(asked.name, convert.REQUESTS)
+        result = await self._brain.ask(lambda token: PriorityRequested(token, reference, asked.level, SET_PRIORITY))
+        if not isinstance(result, Reprioritised):
+            raise declined(result)
+        return convert.reprioritised(result)
 
     async def cancel_migration(self, asked: pb.CancelMigrationRequest) -> pb.CancelMigrationResponse:
         number = convert.migration_number(asked.name)

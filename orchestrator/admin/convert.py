@@ -9,6 +9,7 @@ from instance.messages import RequestLoad
 from migration.types import InstanceId, Outcome
 from orchestrator.admin.failures import invalid
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
+from orchestrator.effects import Reprioritised
 from orchestrator.events import MigrationNumber
 from orchestrator.state import GatewaySnapshot, InstanceSnapshot, MigrationRecord, Snapshot
 
@@ -142,6 +143,18 @@ def migration(record: MigrationRecord, now_s: float) -> pb.Migration:
         stopped_s=figures.stopped_s,
         steps_during_copy=figures.steps_during_copy,
         ended_age_s=None if record.outcome is None else now_s - record.ended_s,
+    )
+
+
+def reprioritised(result: Reprioritised) -> pb.SetRequestPriorityResponse:
+    return pb.SetRequestPriorityResponse(
+        name=REQUESTS + result.request_id,
+        instance=INSTANCES + result.instance,
+        previous_priority=result.previous,
+        priority=result.priority,
+        change=result.change,
+        status=result.status,
+        effect=result.effect,
     )
 
 

@@ -25,6 +25,7 @@ RETRY_AFTER_S = 1
 
 STATUS_CODES = {
     RefusalKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    RefusalKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     RefusalKind.AMBIGUOUS: grpc.StatusCode.INVALID_ARGUMENT,
     RefusalKind.PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
     RefusalKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,

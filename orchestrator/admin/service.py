@@ -54,6 +54,11 @@ class AdminService(pb_grpc.AdminServiceServicer):
     async def MigrateRequest(self, request: pb.MigrateRequestRequest, _context: Context) -> pb.MigrateRequestResponse:
         return await self._commander.migrate_request(request)
 
+    async def SetRequestPriority(
+        self, request: pb.SetRequestPriorityRequest, _context: Context
+    ) -> pb.SetRequestPriorityResponse:
+        return await self._commander.set_request_priority(request)
+
     async def CancelRequest(self, request: pb.CancelRequestRequest, _context: Context) -> pb.CancelRequestResponse:
         return await self._commander.cancel_request(request)
 

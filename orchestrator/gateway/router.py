@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import msgspec
 
@@ -20,7 +21,7 @@ from instance.messages import (
     LoadReport,
     OutputEntry,
     OwnerChanged,
-    Submit,
+    PriorityChanged,
     SubmitAnswer,
     Subscribe,
 )
@@ -147,6 +148,10 @@ class Router:
                 owner = (InstanceId(message.instance), Epoch(message.epoch))
                 if owner not in self._lost:
                     self._on_moves(self.relay.on_owner_changed(RequestId(message.request_id), owner, message.offset))
+                return []
+            case PriorityChanged():
+                if (flight := self._flights.get(RequestId(message.request_id))) is not None:
+                    flight.request = replace(flight.request, priority=message.priority)
                 return []
             case _:
                 return []  # not for a gateway
@@ -331,22 +336,7 @@ class Router:
         self._waiting.discard(flight.wire_id)
         self._unanswered.add(flight.wire_id)
         self.counts.dispatched += 1
-        return [self._submit_message(flight, member)]
-
-    def _submit_message(self, flight: Flight, member: Incarnation) -> Send:
-        request = flight.request
-        message = Submit(
-            request_id=flight.wire_id,
-            external_id=request.external_id,
-            gateway_address=self._address,
-            epoch=member.epoch,
-            sequence=flight.sequence,
-            priority=request.priority,
-            num_prompt_tokens=request.num_prompt_tokens,
-            max_tokens=request.max_tokens,
-            payload=request.payload if flight.attempt == 1 else request.payload_as(flight.wire_id),
-        )
-        return Send(member.address, message)
+        return [Send(member.address, flight.submission(self._address, member.epoch))]
 
     def _wait(self, flight: Flight, reason: str) -> list[Effect]:
         request_id = flight.wire_id

@@ -29,11 +29,13 @@ from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.gateway.async_llm import FleetLLM
 from orchestrator.gateway.core_client import Encode, FleetCoreClient
 from orchestrator.gateway.errors import Failure, FailureKind, GatewayError
-from orchestrator.gateway.http import MIDDLEWARE, add_routes, bind
+from orchestrator.gateway.http import MIDDLEWARE, RULES, add_routes, bind
 from orchestrator.gateway.loop import GatewayLoop
+from orchestrator.gateway.priorities import PriorityRules
 from orchestrator.gateway.spec import GatewayConfig, GatewayStarted, Member
 from orchestrator.gateway.types import RouterParams
 from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.levels import parse_levels
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +140,16 @@ class GatewayService:
     async def _serve(
         self, mailbox: Mailbox, namespace: argparse.Namespace, vllm_config: Any, config: GatewayConfig
     ) -> None:
-        params = self._params or RouterParams(dispatch_timeout_s=config.dispatch_timeout_s)
+        levels = parse_levels(config.priority_levels)
+        params = self._params or RouterParams(
+            dispatch=DispatchParams(load=levels.load_params), dispatch_timeout_s=config.dispatch_timeout_s
+        )
         self._loop = GatewayLoop(mailbox, params)
         client = FleetCoreClient(self._loop, self._encode)
         self._llm = FleetLLM(vllm_config, client, self._loop, log_stats=not namespace.disable_log_stats)
         tasks = await self._llm.get_supported_tasks()
         app = build_app(namespace, tasks, self._llm.model_config)
+        setattr(app.state, RULES, PriorityRules(levels, dict(config.key_priorities)))
         add_routes(app)
         await init_app_state(self._llm, app.state, namespace, tasks)
         self._server = NoSignalServer(_uvicorn_config(app, namespace))

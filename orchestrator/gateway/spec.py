@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.levels import DEFAULT_LEVELS
 
 
 class GatewayConfig(msgspec.Struct, frozen=True):
@@ -22,6 +23,9 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     """Address the inbox binds to and instances reach it at."""
     dispatch_timeout_s: float = 5.0
     """How long a request waits here while every instance refuses it."""
+    priority_levels: str = DEFAULT_LEVELS
+    key_priorities: tuple[tuple[str, int], ...] = ()
+    """(SHA-256 of an API key in hexadecimal, priority of its class)."""
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
 

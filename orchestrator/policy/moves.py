@@ -8,7 +8,7 @@ import msgspec
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
-from orchestrator.policy.load import virtual_usage_blocks
+from orchestrator.policy.load import NO_HEADROOM, LoadParams, virtual_usage_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +78,18 @@ def outlives_its_copy(view: InstanceView, request: RequestLoad) -> bool:
     return expected_steps(request) >= 2 * copy_steps(view, request)
 
 
-def freeness_steps(load: LoadReport) -> float:
+def freeness_steps(load: LoadReport, params: LoadParams = NO_HEADROOM) -> float:
     """Decode steps until memory is used up if every running request goes on: freeness in tokens; -inf unless it serves.
 
     A shortage is not divided by the batch: a larger batch would make it look smaller, and taking a request away could
     make it look larger. So a departure always raises the figure, and an arrival always lowers it.
     """
-    return steps_left(spare_blocks(load), load.num_running, load.block_size)
+    return steps_left(spare_blocks(load, params), load.num_running, load.block_size)
 
 
-def spare_blocks(load: LoadReport) -> float:
+def spare_blocks(load: LoadReport, params: LoadParams = NO_HEADROOM) -> float:
     """Blocks free of virtual usage; -inf unless it serves."""
-    return load.total_blocks - virtual_usage_blocks(load)
+    return load.total_blocks - virtual_usage_blocks(load, params)
 
 
 def steps_left(spare_blocks: float, num_running: int, block_size: int) -> float:

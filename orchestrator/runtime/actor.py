@@ -16,6 +16,8 @@ from orchestrator.core import Orchestrator
 from orchestrator.errors import JournalError, StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
 from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.levels import parse_levels
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.runtime.journal import Journal, JournalParams
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
@@ -104,11 +106,17 @@ def _journal(spec: OrchestratorSpec, core: Orchestrator) -> Journal | None:
 
 
 def _core_params(spec: OrchestratorSpec) -> CoreParams:
+    levels = parse_levels(spec.priority_levels)
     return CoreParams(
         rebalance=RebalanceParams(
-            threshold_steps=spec.threshold_steps, margin_steps=spec.margin_steps, rest_s=spec.rest_s
+            threshold_steps=spec.threshold_steps,
+            margin_steps=spec.margin_steps,
+            rest_s=spec.rest_s,
+            load=levels.load_params,
         ),
-        dispatch=DispatchParams(rule=spec.dispatch),
+        dispatch=DispatchParams(rule=spec.dispatch, load=levels.load_params),
+        drain=DrainParams(load=levels.load_params),
+        levels=levels,
         is_rebalancing=spec.rebalance,
         max_migrations_out=spec.max_migrations,
         max_migrations_in=spec.max_migrations,

@@ -93,6 +93,8 @@ def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
             port=config.port,
             gateway=f"gateway-{index}",
             reuse_port=config.gateways > 1,
+            priority_levels=config.priority_levels,
+            key_priorities=config.key_priorities,
             token=token,
         )
         for index in range(config.gateways)
@@ -140,6 +142,7 @@ async def compose(
         journal=_whole_path(config.journal),
         journal_part_bytes=config.journal_part_mib << 20,
         journal_parts=config.journal_parts,
+        priority_levels=config.priority_levels,
         log_level=config.log_level,
         token=token,
     )

@@ -25,11 +25,12 @@ from orchestrator.effects import (
     PolicyUpdated,
     Result,
     SetDraining,
+    SetPriority,
     StartMigration,
     UpdateMembers,
     WithdrawMigration,
 )
-from orchestrator.errors import ActorGone, CallFailed, LimitExceeded
+from orchestrator.errors import ActorGone, CallFailed, LimitExceeded, RefusalKind
 from orchestrator.events import (
     DrainingSet,
     Event,
@@ -39,6 +40,7 @@ from orchestrator.events import (
     InstanceStarted,
     MigrationEnded,
     MigrationFigures,
+    PriorityAnswered,
     ReportReceived,
     RequestsReceived,
     Ticked,
@@ -195,6 +197,18 @@ class OrchestratorLoop:
             case SetDraining():
                 _log.info("set draining %s", fields(instance=effect.instance, draining=effect.draining))
                 self._spawn(self._set_draining(effect), f"draining-{effect.instance}")
+            case SetPriority():
+                _log.info(
+                    "set priority %s",
+                    fields(
+                        number=effect.number,
+                        request=effect.request_id,
+                        instance=effect.owner.instance,
+                        priority=effect.priority,
+                        reason=effect.reason,
+                    ),
+                )
+                self._spawn(self._set_priority(effect), f"priority-{effect.number}")
             case UpdateMembers():
                 _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
                 self._told = effect
@@ -252,6 +266,20 @@ class OrchestratorLoop:
     async def _withdraw(self, effect: WithdrawMigration) -> None:
         source = self._actor_name(effect.source.instance)
         self.handle(await withdraw(self._fleet, effect, source, self._params.call_timeout_s))
+
+    async def _set_priority(self, effect: SetPriority) -> None:
+        number, owner = effect.number, effect.owner.instance
+        try:
+            answer = await self._fleet.set_priority(
+                self._actor_name(owner), effect.request_id, effect.priority, self._params.call_timeout_s
+            )
+        except ActorGone as error:
+            self.handle(PriorityAnswered(number, None, RefusalKind.OVERTAKEN, str(error)))
+        except CallFailed as error:
+            reason = f"{error}; whether it was set is not known, and setting it again is safe"
+            self.handle(PriorityAnswered(number, None, RefusalKind.UNAVAILABLE, reason))
+        else:
+            self.handle(PriorityAnswered(number, answer))
 
     async def _fence(self, effect: FenceInstance, peer_actor: str) -> None:
         """Tell one peer until it knows or is gone itself: until then it heeds what the dead one still says."""

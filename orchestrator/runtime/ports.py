@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from instance.spec import MigrationSummary
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.effects import UpdateMembers
 
@@ -25,6 +26,10 @@ class Fleet(Protocol):
         it ended."""
 
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None: ...
+
+    async def set_priority(
+        self, actor_name: str, request_id: str, priority: int, timeout_s: float
+    ) -> PriorityAnswer: ...
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None: ...
 

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RaySystemError
 
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.effects import UpdateMembers
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
@@ -228,6 +229,10 @@ class RayCluster:
 
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         await self._call(actor_name, "drain" if draining else "undrain", timeout_s)
+
+    async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:
+        answer = await self._call(actor_name, "set_priority", timeout_s, request_id, priority)
+        return msgspec.json.decode(answer, type=PriorityAnswer)
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         await self._call(actor_name, "member_lost", timeout_s, instance, epoch)

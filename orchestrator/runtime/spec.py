@@ -6,6 +6,7 @@ import msgspec
 
 from orchestrator.access import ServerAccess
 from orchestrator.policy.dispatch import Rule
+from orchestrator.policy.levels import DEFAULT_LEVELS
 
 
 class InstanceSeat(msgspec.Struct, frozen=True):
@@ -50,6 +51,7 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     rest_s: float = 10.0
     max_migrations: int = 2
     """In and out per instance."""
+    priority_levels: str = DEFAULT_LEVELS
     migrate_timeout_s: float = 3600.0
     journal: str = ""
     """File of events and decisions; none when empty."""

@@ -12,6 +12,7 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from instance.types import PriorityAnswer, PriorityOutcome
 from orchestrator.admin.client import AdminClient
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
@@ -72,6 +73,60 @@ async def test_a_migration_whose_source_dies_is_an_outcome_and_no_error(world: W
         assert (await world.stub.MigrateRequest(ask)).migration.outcome == pb.MIGRATION_OUTCOME_SOURCE_LOST
     except grpc.aio.AioRpcError as error:
         assert error.code() is grpc.StatusCode.NOT_FOUND, "the death was noticed before the command came"
+
+
+async def test_a_change_of_priority_is_made_by_the_owner_and_answered_with_its_effect(world: World) -> None:
+    ask = pb.SetRequestPriorityRequest(name="requests/client-cmpl-1", level="high")
+    answer = await world.stub.SetRequestPriority(ask)
+    assert world.cluster.priorities == [("kvferry-instance-0-1", "cmpl-1", -10)]
+    assert (answer.name, answer.instance) == ("requests/cmpl-1", "instances/instance-0")
+    assert (answer.previous_priority, answer.priority, answer.status) == (0, -10, "running")
+    assert answer.change == "normal (0) -> high (-10)" and answer.effect
+    listed = await world.stub.ListRequests(pb.ListRequestsRequest())
+    assert [item.priority for item in listed.requests] == [-10, 0]
+
+
+async def test_a_change_of_priority_follows_a_request_that_has_just_been_handed_over(world: World) -> None:
+    move = pb.MigrateRequestRequest(name="requests/cmpl-1", destination="instances/instance-1")
+    await world.stub.MigrateRequest(move)
+    world.cluster.priority_answers.append(PriorityAnswer(PriorityOutcome.NOT_HERE, reason="gone"))
+    answer = await world.stub.SetRequestPriority(pb.SetRequestPriorityRequest(name="requests/cmpl-1", level="-5"))
+    assert answer.instance == "instances/instance-1"
+    assert [actor for actor, *_ in world.cluster.priorities] == ["kvferry-instance-0-1", "kvferry-instance-1-1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "given", "code"),
+    [
+        ("requests/x", "high", None, grpc.StatusCode.NOT_FOUND),
+        ("requests/cmpl", "high", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/", "high", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/cmpl-1", "urgent", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/cmpl-1", "", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/cmpl-1", "high", PriorityOutcome.NOT_HERE, grpc.StatusCode.NOT_FOUND),
+        ("requests/cmpl-1", "high", PriorityOutcome.UNSUPPORTED, grpc.StatusCode.FAILED_PRECONDITION),
+        ("requests/cmpl-1", "high", PriorityOutcome.ON_THE_MOVE, grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+async def test_each_refusal_to_change_a_priority_has_its_status_code(
+    world: World, name: str, level: str, given: PriorityOutcome | None, code: grpc.StatusCode
+) -> None:
+    if given is not None:
+        world.cluster.priority_answers.append(PriorityAnswer(given, reason="because"))
+    call = world.stub.SetRequestPriority(pb.SetRequestPriorityRequest(name=name, level=level))
+    found, details = await status_of(call)
+    assert found is code and details
+
+
+async def test_an_instance_that_does_not_answer_is_unavailable_and_one_that_died_is_aborted(world: World) -> None:
+    ask = pb.SetRequestPriorityRequest(name="requests/cmpl-1", level="high")
+    world.cluster.failures_left["kvferry-instance-0-1"] = 1
+    code, details = await status_of(world.stub.SetRequestPriority(ask))
+    assert code is grpc.StatusCode.UNAVAILABLE and "setting it again is safe" in details
+    assert (await world.stub.SetRequestPriority(ask)).priority == -10
+    world.cluster.deaths["kvferry-instance-0-1"].set_result("killed")
+    code, _ = await status_of(world.stub.SetRequestPriority(ask))
+    assert code in (grpc.StatusCode.ABORTED, grpc.StatusCode.NOT_FOUND), "or the death was noticed before"
 
 
 async def test_a_drain_streams_its_progress_until_the_instance_is_empty(world: World) -> None:
@@ -175,6 +230,12 @@ async def test_the_client_of_the_command_line_speaks_it(world: World) -> None:
             assert len(client.instances().instances) == 2 and len(client.requests()) == 2
             assert client.migrate("cmpl-1", "instance-1").outcome == pb.MIGRATION_OUTCOME_COMMITTED
             assert len(client.migrations()) == 1
+            assert client.set_priority("cmpl-2", "-10").change == "normal (0) -> high (-10)"
+            with pytest.raises(Declined, match="'urgent' is no priority"):
+                client.set_priority("cmpl-2", "urgent")
+            world.cluster.failures_left["kvferry-instance-0-1"] = 1
+            with pytest.raises(Declined, match="again is safe"):
+                client.set_priority("cmpl-2", "high")
             with pytest.raises(Declined, match="no running request"):
                 client.migrate("nobody", "instance-1")
             assert [message.done for message in client.drain("instance-0", wait=False)] == [False]

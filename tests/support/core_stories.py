@@ -5,8 +5,12 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from instance.messages import LoadReport, RequestReport
+from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus
 from migration.types import Epoch, Incarnation, InstanceId, Outcome
 from orchestrator.events import (
+    CancelMigrationRequested,
+    CancelRequested,
+    ChangeNumber,
     DrainingSet,
     DrainRequested,
     Event,
@@ -18,7 +22,12 @@ from orchestrator.events import (
     MigrationEnded,
     MigrationFigures,
     MigrationNumber,
+    MigrationWithdrawn,
+    PolicyUpdateRequested,
+    PriorityAnswered,
+    PriorityRequested,
     ReportReceived,
+    RequestCancelled,
     RequestsReceived,
     Ticked,
     Token,
@@ -78,6 +87,10 @@ def _request_reports(draw: st.DrawFn) -> RequestReport:
 _FIGURES = st.builds(
     MigrationFigures, num_stages=st.integers(0, 3), copied_blocks=st.integers(0, 9), stopped_s=st.floats(0, 0.1)
 )
+_references = st.sampled_from(["r1", "r", "client-r2", "none"])
+_priority_answers = st.builds(
+    PriorityAnswer, st.sampled_from(PriorityOutcome), st.integers(0, 2), st.sampled_from(RequestStatus)
+)
 _EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(_started, _names, _epochs),
     st.builds(ReportReceived, _loads()),
@@ -86,7 +99,7 @@ _EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(RequestsReceived, _request_reports()),
     st.just(Ticked()),
     st.just(Ticked()),
-    st.builds(MigrateRequested, _tokens, st.sampled_from(["r1", "r", "client-r2", "none"]), _names),
+    st.builds(MigrateRequested, _tokens, _references, _names),
     st.builds(
         MigrationEnded,
         st.integers(1, 12).map(MigrationNumber),
@@ -98,6 +111,13 @@ _EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(UndrainRequested, _tokens, _names),
     st.builds(DrainingSet, _names, _epochs, st.booleans(), st.sampled_from([None, None, "no answer"])),
     st.builds(WaiterGone, _tokens),
+    st.builds(PriorityRequested, _tokens, _references, st.sampled_from(["high", "normal", "3", "none"]), st.just("x")),
+    st.builds(PriorityAnswered, st.integers(1, 9).map(ChangeNumber), st.one_of(st.none(), _priority_answers)),
+    st.builds(CancelRequested, _tokens, _references, st.booleans()),
+    st.builds(RequestCancelled, _tokens, st.sampled_from([None, "no answer"])),
+    st.builds(CancelMigrationRequested, _tokens, st.integers(1, 12).map(MigrationNumber)),
+    st.builds(MigrationWithdrawn, _tokens, st.sampled_from([None, "no answer"])),
+    st.builds(PolicyUpdateRequested, _tokens, st.just((("rebalance.margin_steps", 32.0), ("drain.max_moves", 4)))),
     st.builds(InstanceLost, _names, _epochs, st.just("killed")),
     st.builds(lambda number: GatewayStarted(f"gateway-{number}", f"g-{number}", "http://here"), st.integers(0, 2)),
     st.builds(lambda number: GatewayLost(f"gateway-{number}", "killed"), st.integers(0, 2)),

@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 
 from instance.spec import MigrationSummary
+from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.effects import Member, UpdateMembers
 from orchestrator.errors import ActorGone, CallFailed
@@ -31,6 +32,9 @@ class FakeCluster:
         self.may_end = asyncio.Event()
         """Migrations end when it is set, as it is unless a test clears it."""
         self.may_end.set()
+        self.priorities: list[tuple[str, str, int]] = []
+        self.priority_answers: list[PriorityAnswer] = []
+        """What instances answer to a change of priority, one after the other; without any, it is set."""
         self.draining: list[tuple[str, bool]] = []
         self.fenced: list[tuple[str, str, int]] = []
         self.members: dict[str, tuple[Member, ...]] = {}
@@ -75,6 +79,13 @@ class FakeCluster:
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         self._check(actor_name)
         self.draining.append((actor_name, draining))
+
+    async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:
+        self._check(actor_name)
+        self.priorities.append((actor_name, request_id, priority))
+        if self.priority_answers:
+            return self.priority_answers.pop(0)
+        return PriorityAnswer(PriorityOutcome.SET, 0, RequestStatus.RUNNING)
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         self.fence_tried.append(actor_name)

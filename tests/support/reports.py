@@ -21,6 +21,7 @@ def load_report(
     reserved_blocks: int = 0,
     migrations_in: int = 0,
     migrations_out: int = 0,
+    running_by_priority: tuple[tuple[int, int], ...] | None = None,
 ) -> LoadReport:
     return LoadReport(
         instance=instance,
@@ -33,7 +34,9 @@ def load_report(
         reserved_blocks=reserved_blocks,
         num_running=num_running,
         num_waiting=num_waiting,
-        running_by_priority=((0, num_running),) if num_running else (),
+        running_by_priority=(
+            running_by_priority if running_by_priority is not None else ((0, num_running),) if num_running else ()
+        ),
         head_of_line_blocks=head_of_line_blocks,
         waiting_blocks=head_of_line_blocks,
         step_time_s=0.01,

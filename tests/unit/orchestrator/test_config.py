@@ -10,6 +10,7 @@ from instance.spec import Carrier
 from orchestrator.access import ClientAccess
 from orchestrator.config import Engine, ServeConfig, admin_address, client_access, serve_config, server_access
 from orchestrator.errors import ConfigError
+from orchestrator.gateway.priorities import key_digest
 from tests.support.certificates import Authority
 
 
@@ -143,3 +144,46 @@ def test_certificates_are_read_and_checked(tmp_path: Path) -> None:
             serve_config({"model": "m"} | alone, {}, None, ())
     with pytest.raises(ConfigError, match="--admin-cert needs --admin-ca"):
         client_access({"admin_cert": other, "admin_key": other_key}, {})
+
+
+def test_levels_that_cannot_be_read_are_told_by_their_flag() -> None:
+    with pytest.raises(ConfigError, match="--priority-levels: two levels have the rank 0"):
+        ServeConfig(model="m", priority_levels="a:0,b:0")
+
+
+def keys_in(tmp_path: Path, text: str) -> ServeConfig:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    return serve_config({"model": "m"}, {"KVFERRY_PRIORITY_KEYS": str(file)}, None, ())
+
+
+def test_keys_are_kept_as_digests_and_never_shown(tmp_path: Path) -> None:
+    digest = key_digest(b"other-key")
+    settings = keys_in(tmp_path, f"vip-key: high\n'sha256:{digest.upper()}': 3\n")
+    assert dict(settings.key_priorities) == {key_digest(b"vip-key"): -10, digest: 3}
+    assert "vip-key" not in repr(settings) and digest not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must hold keys and their levels"),
+        ("- secret-key", "must hold keys and their levels"),
+        ("secret-key: urgent", "entry 1: its level must be one of high, normal, low"),
+        ("high: secret-key", "entry 1: its level must be one of"),
+        ("ok: high\nsecret-key:", "entry 2: its level must be one of"),
+        ("1234: high", "entry 1: the key must be text"),
+        ("'sha256:secret-key': high", "entry 1: sha256: must be followed by 64"),
+        (f"secret-key: high\n'sha256:{key_digest(b'secret-key')}': low", "entry 2: the same key is there twice"),
+        ("secret-key: [high", "is not YAML"),
+    ],
+)
+def test_a_file_of_keys_that_cannot_be_used_is_told_without_a_key(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        keys_in(tmp_path, text)
+    assert "secret-key" not in str(caught.value)
+
+
+def test_a_file_of_keys_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        serve_config({"model": "m", "priority_keys": str(tmp_path / "none.yaml")}, {}, None, ())

@@ -962,6 +962,75 @@ class CancelMigrationResponse(_message.Message):
 Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015
 
 @_typing.final
+class SetRequestPriorityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`requests/{request}`; the part after the slash may be the engine's id, the client's id, or a prefix that fits only one."""
+    level: _builtins.str
+    """A level's name, such as `high`, or a whole number: lower is more urgent."""
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        level: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRequestPriorityRequest: _TypeAlias = SetRequestPriorityRequest  # noqa: Y015
+
+@_typing.final
+class SetRequestPriorityResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_PRIORITY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`requests/{request}`"""
+    instance: _builtins.str
+    """`instances/{instance}` that owns it."""
+    previous_priority: _builtins.int
+    priority: _builtins.int
+    change: _builtins.str
+    """Both by level, such as `normal (0) -> high (-10)`."""
+    status: _builtins.str
+    """Where it stood: running, waiting or preempted."""
+    effect: _builtins.str
+    """What follows from it, in words."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        previous_priority: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        change: _builtins.str = ...,
+        status: _builtins.str = ...,
+        effect: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "effect", b"effect", "instance", b"instance", "name", b"name", "previous_priority", b"previous_priority", "priority", b"priority", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRequestPriorityResponse: _TypeAlias = SetRequestPriorityResponse  # noqa: Y015
+
+@_typing.final
 class DrainInstanceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

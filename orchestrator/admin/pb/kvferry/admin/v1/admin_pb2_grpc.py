@@ -84,6 +84,11 @@ class AdminServiceStub:
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.SetRequestPriority = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/SetRequestPriority',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityResponse.FromString,
+                _registered_method=True)
         self.DrainInstance = channel.unary_stream(
                 '/kvferry.admin.v1.AdminService/DrainInstance',
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.DrainInstanceRequest.SerializeToString,
@@ -189,6 +194,17 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRequestPriority(self, request, context):
+        """Makes a request more, or less, urgent while it waits or runs. Its tokens do not change; a migration takes it along. Answers
+        when the instance that owns it has made the change; setting the same priority again is safe.
+        NOT_FOUND: no such request, or it has just ended. INVALID_ARGUMENT: the name fits several requests, or there is no such level.
+        FAILED_PRECONDITION: its engine does not schedule by priority. ABORTED: its instance was lost.
+        UNAVAILABLE: the instance did not answer, or the request keeps changing hands; try again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainInstance(self, request, context):
         """Takes an instance out of dispatch and moves its requests away. Sends one progress message at once; with `wait`, further
         ones until the instance is empty, and then ends.
@@ -272,6 +288,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationRequest.FromString,
                     response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'SetRequestPriority': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRequestPriority,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityResponse.SerializeToString,
             ),
             'DrainInstance': grpc.unary_stream_rpc_method_handler(
                     servicer.DrainInstance,
@@ -564,6 +585,33 @@ class AdminService:
             '/kvferry.admin.v1.AdminService/CancelMigration',
             kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationRequest.SerializeToString,
             kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRequestPriority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/SetRequestPriority',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,6 +78,13 @@ class AdminServiceStub:
     """Calls off a migration in flight and answers when it has ended: the request stays at its source.
     NOT_FOUND: no such migration. FAILED_PRECONDITION: it has ended, or it was too late and it committed.
     """
+    SetRequestPriority: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetRequestPriorityRequest, _admin_pb2.SetRequestPriorityResponse]
+    """Makes a request more, or less, urgent while it waits or runs. Its tokens do not change; a migration takes it along. Answers
+    when the instance that owns it has made the change; setting the same priority again is safe.
+    NOT_FOUND: no such request, or it has just ended. INVALID_ARGUMENT: the name fits several requests, or there is no such level.
+    FAILED_PRECONDITION: its engine does not schedule by priority. ABORTED: its instance was lost.
+    UNAVAILABLE: the instance did not answer, or the request keeps changing hands; try again.
+    """
     DrainInstance: _grpc.UnaryStreamMultiCallable[_admin_pb2.DrainInstanceRequest, _admin_pb2.DrainInstanceResponse]
     """Takes an instance out of dispatch and moves its requests away. Sends one progress message at once; with `wait`, further
     ones until the instance is empty, and then ends.
@@ -128,6 +135,13 @@ class AdminServiceAsyncStub(AdminServiceStub):
     CancelMigration: _aio.UnaryUnaryMultiCallable[_admin_pb2.CancelMigrationRequest, _admin_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Calls off a migration in flight and answers when it has ended: the request stays at its source.
     NOT_FOUND: no such migration. FAILED_PRECONDITION: it has ended, or it was too late and it committed.
+    """
+    SetRequestPriority: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetRequestPriorityRequest, _admin_pb2.SetRequestPriorityResponse]  # type: ignore[assignment]
+    """Makes a request more, or less, urgent while it waits or runs. Its tokens do not change; a migration takes it along. Answers
+    when the instance that owns it has made the change; setting the same priority again is safe.
+    NOT_FOUND: no such request, or it has just ended. INVALID_ARGUMENT: the name fits several requests, or there is no such level.
+    FAILED_PRECONDITION: its engine does not schedule by priority. ABORTED: its instance was lost.
+    UNAVAILABLE: the instance did not answer, or the request keeps changing hands; try again.
     """
     DrainInstance: _aio.UnaryStreamMultiCallable[_admin_pb2.DrainInstanceRequest, _admin_pb2.DrainInstanceResponse]  # type: ignore[assignment]
     """Takes an instance out of dispatch and moves its requests away. Sends one progress message at once; with `wait`, further
@@ -236,6 +250,19 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.CancelMigrationResponse, _abc.Awaitable[_admin_pb2.CancelMigrationResponse]]:
         """Calls off a migration in flight and answers when it has ended: the request stays at its source.
         NOT_FOUND: no such migration. FAILED_PRECONDITION: it has ended, or it was too late and it committed.
+        """
+
+    @_abc_1.abstractmethod
+    def SetRequestPriority(
+        self,
+        request: _admin_pb2.SetRequestPriorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetRequestPriorityResponse, _abc.Awaitable[_admin_pb2.SetRequestPriorityResponse]]:
+        """Makes a request more, or less, urgent while it waits or runs. Its tokens do not change; a migration takes it along. Answers
+        when the instance that owns it has made the change; setting the same priority again is safe.
+        NOT_FOUND: no such request, or it has just ended. INVALID_ARGUMENT: the name fits several requests, or there is no such level.
+        FAILED_PRECONDITION: its engine does not schedule by priority. ABORTED: its instance was lost.
+        UNAVAILABLE: the instance did not answer, or the request keeps changing hands; try again.
         """
 
     @_abc_1.abstractmethod
