@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.events import ReportReceived, Ticked
+from orchestrator.core import Orchestrator
+from orchestrator.events import PolicyUpdateRequested, ReportReceived, Ticked, Token
 from orchestrator.log import LineFormatter, fields
 from orchestrator.resting import RestingPlace
 from orchestrator.runtime.journal import Journal
+from orchestrator.state import CoreParams
 from tests.support.reports import load_report
 
 
@@ -24,6 +26,23 @@ def test_each_event_is_a_line_of_json_with_its_time(tmp_path: Path) -> None:
     first, second = map(json.loads, (tmp_path / "j").read_text().splitlines())
     assert (first["at_s"], first["event"], first["value"]["report"]["free_blocks"]) == (1.5, "ReportReceived", 17)
     assert second["event"] == "Ticked" and second["effects"] == []
+
+
+def test_a_change_of_the_policy_is_in_the_journal_with_what_was_and_what_is(tmp_path: Path) -> None:
+    core, journal = Orchestrator(CoreParams()), Journal(tmp_path / "j", max_bytes=1 << 20)
+    for event in (
+        PolicyUpdateRequested(Token(1), (("rebalance.rest_s", 7.0), ("rebalance.enabled", False))),
+        PolicyUpdateRequested(Token(2), (("rebalance.rest_s", -1.0),)),
+    ):
+        journal.write(event, core.on(event, 1.0), 1.0)
+    journal.close()
+    changed, refused = map(json.loads, (tmp_path / "j").read_text().splitlines())
+    assert changed["value"]["changes"] == [["rebalance.rest_s", 7.0], ["rebalance.enabled", False]]
+    assert changed["effects"][0]["value"]["result"]["changes"] == [
+        ["rebalance.enabled", True, False],
+        ["rebalance.rest_s", 10.0, 7.0],
+    ]
+    assert [row["field"] for row in refused["effects"][0]["value"]["result"]["violations"]] == ["rebalance.rest_s"]
 
 
 def test_the_journal_never_holds_more_than_twice_its_bound_and_keeps_the_latest(tmp_path: Path) -> None:
