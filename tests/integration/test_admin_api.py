@@ -16,9 +16,11 @@ from instance.types import PriorityAnswer, PriorityOutcome
 from orchestrator.admin.client import AdminClient
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
-from orchestrator.admin.server import MAX_MESSAGE_BYTES, SERVICE, AdminServer
+from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.server import MAX_CONCURRENT_RPCS, MAX_MESSAGE_BYTES, SERVICE, AdminServer
 from orchestrator.errors import StartUpError, Unreachable
 from tests.support.admin_world import GATEWAY, World, admin_world
+from tests.support.reports import request_load
 
 
 @pytest_asyncio.fixture
@@ -53,6 +55,42 @@ async def test_requests_come_in_pages(world: World) -> None:
     assert len(first.requests) == 1 and first.total_size == 2 and first.next_page_token
     rest = await world.stub.ListRequests(pb.ListRequestsRequest(page_size=1, page_token=first.next_page_token))
     assert rest.requests[0].name == "requests/cmpl-2" and not rest.next_page_token
+
+
+async def test_a_page_ends_before_it_is_too_large_for_a_message(world: World) -> None:
+    requests = [request_load(f"r{number:04d}", external_id="x" * 1000) for number in range(6000)]
+    world.runs("instance-0", *requests)
+    names, token, num_pages = list[str](), "", 0
+    while token or not num_pages:
+        page = await world.stub.ListRequests(pb.ListRequestsRequest(page_size=10_000, page_token=token))
+        assert page.ByteSize() < MAX_MESSAGE_BYTES and page.total_size == 6000
+        names += [item.name for item in page.requests]
+        token, num_pages = page.next_page_token, num_pages + 1
+    assert names == [f"requests/{request.request_id}" for request in requests] and num_pages > 1
+
+
+async def test_calls_at_once_are_bounded(world: World) -> None:
+    """Each connection carries so many; those beyond what the server takes in all are refused."""
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(world.address, options=own_connection) for _ in range(3)]
+    drains = []
+    for number in range(MAX_CONCURRENT_RPCS):
+        stub = pb_grpc.AdminServiceStub(channels[number * 2 // MAX_CONCURRENT_RPCS])
+        drains.append(stub.DrainInstance(pb.DrainInstanceRequest(name="instances/instance-0", wait=True)))
+    await asyncio.gather(*(drain.read() for drain in drains))
+    refused = pb_grpc.AdminServiceStub(channels[2]).GetPolicy(pb.GetPolicyRequest())
+    assert (await status_of(refused))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for drain in drains:
+        drain.cancel()
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await pb_grpc.AdminServiceStub(channels[2]).GetPolicy(pb.GetPolicyRequest())
+            except grpc.aio.AioRpcError:
+                continue
+            break
+    for channel in channels:
+        await channel.close()
 
 
 async def test_a_migration_is_answered_when_it_has_ended_and_is_listed(world: World) -> None:

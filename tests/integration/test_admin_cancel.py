@@ -18,6 +18,7 @@ import pytest_asyncio
 from instance.fake_model import FakeRequest
 from instance.mailbox import Mailbox
 from instance.spec import MigrationSummary
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
@@ -34,10 +35,13 @@ from tests.support.fleet import TOKEN, Fleet, expected_output, fleet_of
 from tests.support.scripted_instance import encode_for_script
 from tests.support.word_model import make_word_model, words
 
-PROMPT = tuple(range(100, 400))
+PROMPT = tuple(range(100, 160))
+NUM_TOKENS = 440
+"""As many as the model's 512 allow: some seconds."""
 MODEL = "words"
-SLOWLY = 20_000.0
-"""Bytes a second: a copy of these prompts takes many seconds."""
+SPENDER = "spends-the-budget-of-"
+SLOWLY = 10.0
+"""Bytes a second. The first copy in a direction goes at once; the one behind it waits for half a minute."""
 
 
 class HereFleet:
@@ -56,6 +60,9 @@ class HereFleet:
 
     async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
         return self._fleet.services[actor_name].cancel_migration(request_id, reason)
+
+    async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:
+        return await self._fleet.services[actor_name].set_priority(request_id, priority)
 
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         service = self._fleet.services[actor_name]
@@ -89,18 +96,32 @@ class House:
         """Once so many requests are reported to run."""
         async with asyncio.timeout(10):
             while True:
-                found = (await self.stub.ListRequests(pb.ListRequestsRequest(status="running"))).requests
+                running = (await self.stub.ListRequests(pb.ListRequestsRequest(status="running"))).requests
+                # Reports are some 250 ms old: what spent the budgets may still be in them.
+                found = [request for request in running if not request.name.startswith(f"requests/{SPENDER}")]
                 if len(found) == num_requests:
-                    return list(found)
+                    return found
 
-    async def is_moving(self) -> pb.Migration:
-        """The one migration in flight, once it is."""
+    async def spend_budgets(self) -> None:
+        """One move in each direction: the next one stays in its first copy."""
+        for source, destination in (("i0", "i1"), ("i1", "i0")):
+            name = f"{SPENDER}{source}"
+            await self.fleet.run(source, name, FakeRequest(PROMPT, 100), 3)
+            moved = await self.fleet.services[source].migrate(name, self.fleet.members[destination])
+            assert moved.outcome == "committed", moved
+            await self.fleet.finish(name)
+
+    async def move(self, request: pb.Request) -> tuple[asyncio.Task[pb.MigrateRequestResponse], pb.Migration]:
+        """Begin to move it to the other instance; returns when it is on the move."""
+        destination = "instances/i1" if request.instance == "instances/i0" else "instances/i0"
+        ask = pb.MigrateRequestRequest(name=request.name, destination=destination)
+        moving = asyncio.ensure_future(self.stub.MigrateRequest(ask))
         asked = pb.ListMigrationsRequest(outcomes=[pb.MIGRATION_OUTCOME_UNSPECIFIED])
         async with asyncio.timeout(10):
             while True:
                 found = (await self.stub.ListMigrations(asked)).migrations
                 if found:
-                    return found[0]
+                    return moving, found[0]
 
     async def is_at_rest(self) -> None:
         """Nothing is left of any request, at the gateway and at the instances."""
@@ -152,7 +173,7 @@ async def orchestrated(fleet: Fleet, gateway: GatewayService, url: str) -> Async
 
 @pytest_asyncio.fixture
 async def house(model: Path) -> AsyncIterator[House]:
-    async with fleet_of(2, "--step-time-ms", "4", copy_bytes_per_s=SLOWLY) as fleet:
+    async with fleet_of(2, "--step-time-ms", "15", copy_bytes_per_s=SLOWLY) as fleet:
         gateway = GatewayService(encode=encode_for_script)
         started = await gateway.start(GatewayConfig((str(model), "--served-model-name", MODEL), port=0, token=TOKEN))
         api = openai.AsyncOpenAI(base_url=f"{started.url}/v1", api_key="none", max_retries=2, timeout=30)
@@ -172,7 +193,7 @@ async def house(model: Path) -> AsyncIterator[House]:
 
 
 async def test_a_stream_that_the_operator_ends_says_so_and_leaves_nothing(house: House) -> None:
-    stream = await house.stream(3000, extra_headers={"x-request-id": "victim"})
+    stream = await house.stream(NUM_TOKENS, extra_headers={"x-request-id": "victim"})
     reading = asyncio.create_task(text_of(stream))
     (request,) = await house.listed()
     ended = await house.stub.CancelRequest(pb.CancelRequestRequest(name=request.name))
@@ -183,7 +204,9 @@ async def test_a_stream_that_the_operator_ends_says_so_and_leaves_nothing(house:
 
 
 async def test_an_answer_that_the_operator_ends_is_gone_and_not_tried_again(house: House) -> None:
-    asking = asyncio.create_task(house.api.completions.create(model=MODEL, prompt=words(*PROMPT), max_tokens=3000, n=2))
+    asking = asyncio.create_task(
+        house.api.completions.create(model=MODEL, prompt=words(*PROMPT), max_tokens=NUM_TOKENS, n=2)
+    )
     requests = await house.listed(2)
     await house.stub.CancelRequest(pb.CancelRequestRequest(name=requests[0].name))
     with pytest.raises(openai.APIStatusError) as caught:
@@ -193,12 +216,10 @@ async def test_an_answer_that_the_operator_ends_is_gone_and_not_tried_again(hous
 
 
 async def test_a_request_can_be_ended_while_it_moves(house: House) -> None:
-    reading = asyncio.create_task(text_of(await house.stream(3000)))
+    await house.spend_budgets()
+    reading = asyncio.create_task(text_of(await house.stream(NUM_TOKENS)))
     (request,) = await house.listed()
-    destination = "instances/i1" if request.instance == "instances/i0" else "instances/i0"
-    ask = pb.MigrateRequestRequest(name=request.name, destination=destination)
-    moving = asyncio.create_task(house.stub.MigrateRequest(ask))
-    await house.is_moving()
+    moving, _ = await house.move(request)
     await house.stub.CancelRequest(pb.CancelRequestRequest(name=request.name))
     with pytest.raises(openai.APIError, match="the operator"):
         await reading
@@ -207,20 +228,19 @@ async def test_a_request_can_be_ended_while_it_moves(house: House) -> None:
 
 
 async def test_a_request_whose_gateway_has_gone_is_ended_at_the_instances(house: House) -> None:
-    await house.fleet.run("i0", "orphan", FakeRequest(PROMPT, 100_000), 3)
+    await house.fleet.run("i0", "orphan", FakeRequest(PROMPT, NUM_TOKENS), 3)
     await house.listed()
     ended = await house.stub.CancelRequest(pb.CancelRequestRequest(name="requests/orphan"))
     assert ended.request.instance == "instances/i0"
     await house.is_at_rest()
+    assert house.fleet.gateway.num_tokens("orphan") < NUM_TOKENS
 
 
 async def test_a_migration_that_is_called_off_leaves_its_request_where_it_was_and_whole(house: House) -> None:
-    reading = asyncio.create_task(text_of(await house.stream(400)))
+    await house.spend_budgets()
+    reading = asyncio.create_task(text_of(await house.stream(NUM_TOKENS)))
     (request,) = await house.listed()
-    destination = "instances/i1" if request.instance == "instances/i0" else "instances/i0"
-    ask = pb.MigrateRequestRequest(name=request.name, destination=destination)
-    moving = asyncio.create_task(house.stub.MigrateRequest(ask))
-    migration = await house.is_moving()
+    moving, migration = await house.move(request)
     called_off = (await house.stub.CancelMigration(pb.CancelMigrationRequest(name=migration.name))).migration
     assert called_off.outcome == pb.MIGRATION_OUTCOME_REFUSED and "withdrawn" in called_off.reason
     assert (await moving).migration.outcome == pb.MIGRATION_OUTCOME_REFUSED
@@ -228,5 +248,5 @@ async def test_a_migration_that_is_called_off_leaves_its_request_where_it_was_an
         await house.stub.CancelMigration(pb.CancelMigrationRequest(name=migration.name))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert (await house.stub.GetRequest(pb.GetRequestRequest(name=request.name))).request.instance == request.instance
-    assert await reading == " " + words(*expected_output(FakeRequest(PROMPT, 400)))
+    assert await reading == " " + words(*expected_output(FakeRequest(PROMPT, NUM_TOKENS)))
     await house.is_at_rest()

@@ -124,13 +124,13 @@ async def test_each_refusal_has_its_code_and_its_reason(
 
 
 async def test_an_unknown_method_is_unimplemented(world: World) -> None:
-    call = world.channel.unary_unary(f"/{SERVICE}/NoSuchMethod")
+    call: Any = world.channel.unary_unary(f"/{SERVICE}/NoSuchMethod")
     assert (await refusal(call(b""))).code is CODE.UNIMPLEMENTED
 
 
 async def test_bytes_that_are_no_message_are_an_invalid_argument(world: World) -> None:
     for method in ("GetInstance", "UpdatePolicy"):
-        call = world.channel.unary_unary(f"/{SERVICE}/{method}")
+        call: Any = world.channel.unary_unary(f"/{SERVICE}/{method}")
         refused = await refusal(call(b"\x0a\xff\xff\xff"))
         assert (refused.code, refused.reason) == (CODE.INVALID_ARGUMENT, "UNREADABLE")
 

@@ -114,13 +114,14 @@ def payload(method: MethodDescriptor, rng: random.Random) -> bytes:
 async def send(world: World, method: MethodDescriptor, encoded: bytes) -> grpc.StatusCode:
     """How it was answered; of a stream the first message counts."""
     path = f"/{method.containing_service.full_name}/{method.name}"
+    channel: Any = world.channel  # messages are bytes here
     try:
         if method.server_streaming:
-            call = world.channel.unary_stream(path)(encoded, timeout=CALL_S)
+            call = channel.unary_stream(path)(encoded, timeout=CALL_S)
             await call.read()
             call.cancel()
         else:
-            await world.channel.unary_unary(path)(encoded, timeout=CALL_S)
+            await channel.unary_unary(path)(encoded, timeout=CALL_S)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return grpc.StatusCode.OK

@@ -42,11 +42,11 @@ class ReflectedService:
                 add(needed)
             if path not in added:
                 added.add(path)
-                pool.Add(files[path])  # type: ignore[no-untyped-call]
+                pool.Add(files[path])
 
         for path in files:
             add(path)
-        return cls(channel, pool.FindServiceByName(name), metadata)  # type: ignore[no-untyped-call]
+        return cls(channel, pool.FindServiceByName(name), metadata)
 
     async def call(
         self, method: str, values: dict[str, Any] | None = None, timeout_s: float | None = None

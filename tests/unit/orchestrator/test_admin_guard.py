@@ -55,7 +55,7 @@ class Work:
 
 
 async def guarded(work: Work, repetitions: Repetitions | None = None) -> Any:
-    handler = grpc.unary_unary_rpc_method_handler(work)
+    handler: Any = grpc.unary_unary_rpc_method_handler(work)
 
     async def found(_details: Any) -> Any:
         return handler

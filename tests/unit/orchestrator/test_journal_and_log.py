@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.core import Orchestrator
+from orchestrator.effects import Answer, PolicyUpdated
 from orchestrator.errors import JournalError, LimitExceeded
-from orchestrator.events import GatewayStarted, ReportReceived, Ticked
+from orchestrator.events import GatewayStarted, PolicyUpdateRequested, ReportReceived, Ticked, Token
 from orchestrator.journal.lines import VERSION, Checkpoint, Entry
 from orchestrator.log import LineFormatter, fields
 from orchestrator.resting import RestingPlace
@@ -30,6 +31,16 @@ REPORT = ReportReceived(load_report(free_blocks=17))
 def a_journal(path: Path, params: JournalParams = PROMPT) -> tuple[Journal, Orchestrator]:
     core = Orchestrator(CoreParams())
     return Journal(path, core, 1.0, params), core
+
+
+def test_a_change_of_the_policy_is_in_the_journal_with_what_was_and_what_is(tmp_path: Path) -> None:
+    changes = (("rebalance.margin_steps", 32.0), ("drain.max_moves", 16))
+    write_story(tmp_path / "j", [(0.0, PolicyUpdateRequested(Token(1), changes))])
+    _, changed = lines_of(tmp_path / "j")
+    assert isinstance(changed, Entry) and changed.event == PolicyUpdateRequested(Token(1), changes)
+    (told,) = changed.effects
+    assert isinstance(told, Answer) and isinstance(told.result, PolicyUpdated)
+    assert told.result.changes == (("rebalance.margin_steps", 64.0, 32.0),), "what stays as it was is no change"
 
 
 def test_it_begins_with_its_version_and_the_parameters_and_each_event_is_a_line_of_json_with_its_time(

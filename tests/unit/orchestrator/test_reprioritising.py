@@ -28,8 +28,8 @@ from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.reprioritising import MAX_TRIES
 from orchestrator.runtime.journal import Journal
 from orchestrator.state import CoreParams
-from tests.support.written_journal import PROMPT, lines_of
 from tests.support.reports import load_report, request_load, request_report
+from tests.support.written_journal import PROMPT, lines_of
 from tests.unit.orchestrator.test_core import Play, answer, refusal, started, starts
 
 A, B = InstanceId("instance-0"), InstanceId("instance-1")

@@ -129,7 +129,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRequests(self, request, context):
-        """Requests that instances own, as of their last report.
+        """Requests that instances own, as of their last report, by instance and name. One that moves between the asking for two
+        pages may be on both, or on none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

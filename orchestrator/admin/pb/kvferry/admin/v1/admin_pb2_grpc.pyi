@@ -49,7 +49,9 @@ class AdminServiceStub:
     GetInstance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetInstanceRequest, _admin_pb2.GetInstanceResponse]
     """One instance: its latest incarnation."""
     ListRequests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRequestsRequest, _admin_pb2.ListRequestsResponse]
-    """Requests that instances own, as of their last report."""
+    """Requests that instances own, as of their last report, by instance and name. One that moves between the asking for two
+    pages may be on both, or on none.
+    """
     GetRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRequestRequest, _admin_pb2.GetRequestResponse]
     """One request, by the engine's id, or by the client's if that fits only one."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListMigrationsRequest, _admin_pb2.ListMigrationsResponse]
@@ -107,7 +109,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     GetInstance: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetInstanceRequest, _admin_pb2.GetInstanceResponse]  # type: ignore[assignment]
     """One instance: its latest incarnation."""
     ListRequests: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRequestsRequest, _admin_pb2.ListRequestsResponse]  # type: ignore[assignment]
-    """Requests that instances own, as of their last report."""
+    """Requests that instances own, as of their last report, by instance and name. One that moves between the asking for two
+    pages may be on both, or on none.
+    """
     GetRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRequestRequest, _admin_pb2.GetRequestResponse]  # type: ignore[assignment]
     """One request, by the engine's id, or by the client's if that fits only one."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListMigrationsRequest, _admin_pb2.ListMigrationsResponse]  # type: ignore[assignment]
@@ -180,7 +184,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListRequestsResponse, _abc.Awaitable[_admin_pb2.ListRequestsResponse]]:
-        """Requests that instances own, as of their last report."""
+        """Requests that instances own, as of their last report, by instance and name. One that moves between the asking for two
+        pages may be on both, or on none.
+        """
 
     @_abc_1.abstractmethod
     def GetRequest(
