@@ -21,12 +21,13 @@ from instance.messages import (
     MigrationEnvelope,
     RequestLoad,
     RequestReport,
+    StepTotals,
     Submit,
     SubmitAnswer,
     Subscribe,
 )
 from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
-from instance.report import Standing, Subscribers, load_report, smooth_step_time
+from instance.report import Standing, Subscribers, add_step, load_report, smooth_step_time
 from instance.spec import InstanceSpec, MigrationSummary
 from instance.stream import StreamTable, Tombstones
 from instance.types import EngineFacts, EngineRefusal, RequestView, Submission
@@ -70,6 +71,7 @@ class Agent:
         self._tombstones = Tombstones()
         self._subscribers = Subscribers()
         self._step_time_s = 0.0
+        self._steps = StepTotals()
         self._num_adding = 0
         self._fenced: dict[str, int] = {}
         self.counts = AgentCounts()
@@ -160,6 +162,7 @@ class Agent:
         """One step: a frame to every gateway that has tokens in it."""
         elapsed_s = done.time.end_s - done.time.start_s
         self._step_time_s = smooth_step_time(self._step_time_s, elapsed_s, done.result.num_decoding)
+        self._steps = add_step(self._steps, done.result.work, max(elapsed_s, self._loop.min_step_s))
         if not done.result.outputs:
             return
         now_s = self._loop.now_s()
@@ -306,6 +309,9 @@ class Agent:
             step_time_s=self._step_time_s,
             migrations_in=self._incoming.num_incoming,
             migrations_out=len(self._outgoing),
+            steps=self._steps,
+            max_step_tokens=self._facts.max_num_batched_tokens,
+            max_running=self._facts.max_num_seqs,
         )
         return load_report(standing, self._loop.load, self._subscribers.submits_seen(address))
 
