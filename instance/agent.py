@@ -14,6 +14,7 @@ from instance.lifecycle import State, follow
 from instance.loop import EngineLoop, StepDone
 from instance.mailbox import Mailbox
 from instance.messages import (
+    NO_STEPS,
     Abort,
     FleetMessage,
     Frame,
@@ -21,7 +22,6 @@ from instance.messages import (
     MigrationEnvelope,
     RequestLoad,
     RequestReport,
-    StepTotals,
     Submit,
     SubmitAnswer,
     Subscribe,
@@ -71,7 +71,7 @@ class Agent:
         self._tombstones = Tombstones()
         self._subscribers = Subscribers()
         self._step_time_s = 0.0
-        self._steps = StepTotals()
+        self._steps = NO_STEPS
         self._num_adding = 0
         self._fenced: dict[str, int] = {}
         self.counts = AgentCounts()

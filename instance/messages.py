@@ -93,8 +93,11 @@ class StepTotals(msgspec.Struct, frozen=True, array_like=True):
 
 
 WIDE_STEP_TOKENS = 256
-"""Beyond about so many tokens a step's matrix products wait for arithmetic and no longer for the weights (120 to 332 in the
+"""Beyond about so many tokens a step's matrix products wait for arithmetic and no longer for the weights (120 to 332 in
 fits of published GPU profiles, one at 1,196)."""
+
+
+NO_STEPS = StepTotals()
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True):
@@ -127,7 +130,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     migrations_out: int
     submits_seen: int = 0
     """Highest `Submit.sequence` seen from the gateway this report goes to."""
-    steps: StepTotals = StepTotals()
+    steps: StepTotals = NO_STEPS
     max_step_tokens: int = 0
     """Most tokens a step computes; 0: not told."""
     max_running: int = 0

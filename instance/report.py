@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from instance.lifecycle import State
-from instance.messages import WIDE_STEP_TOKENS, LoadReport, StepTotals
+from instance.messages import NO_STEPS, WIDE_STEP_TOKENS, LoadReport, StepTotals
 from instance.types import EngineLoad, StepWork
 
 REPORT_INTERVAL_S = 0.1
@@ -30,7 +30,7 @@ class Standing:
     step_time_s: float
     migrations_in: int
     migrations_out: int
-    steps: StepTotals = StepTotals()
+    steps: StepTotals = NO_STEPS
     max_step_tokens: int = 0
     max_running: int = 0
 

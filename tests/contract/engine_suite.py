@@ -63,7 +63,9 @@ class EngineContract:
         assert sum(work.num_prefill_tokens for work in works) == 40
         assert sum(work.num_attended_pairs for work in works) == 40 * 40 // 2
         decodes = [work for work in works if work.num_decoding]
-        assert all((work.num_decoding, work.num_decode_tokens, work.num_prefill_tokens) == (1, 1, 0) for work in decodes)
+        assert all(
+            (work.num_decoding, work.num_decode_tokens, work.num_prefill_tokens) == (1, 1, 0) for work in decodes
+        )
         contexts = [work.num_context_tokens for work in decodes]
         assert contexts == [40 + index for index in range(len(decodes))] and len(decodes) in (5, 6)
 
