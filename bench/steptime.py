@@ -33,7 +33,17 @@ WARM_UP = 32
 """Rows of a life that are learned from and counted apart."""
 MEAN_WEIGHT = 0.1
 STALL_EVERY, STALL = 50, 100.0
-COLUMNS = ("instance", "rows", "median", "p90", "first 32: median", "p90", "stalls: median", "mean: median", "speed: median")
+COLUMNS = (
+    "instance",
+    "rows",
+    "median",
+    "p90",
+    "first 32: median",
+    "p90",
+    "stalls: median",
+    "mean: median",
+    "speed: median",
+)
 
 Predict = Callable[[Observation], float | None]
 
@@ -48,7 +58,9 @@ def lives(rows: list[Row], num_orders: int, max_rows: int) -> list[list[Row]]:
     return orders
 
 
-def errors(life: list[Row], predict: Predict, learn: Callable[[Observation], None], stalls: bool = False) -> list[float]:
+def errors(
+    life: list[Row], predict: Predict, learn: Callable[[Observation], None], stalls: bool = False
+) -> list[float]:
     """Relative errors of all predictions, in order; the first row is predicted by nobody."""
     found = []
     for number, row in enumerate(life):

@@ -70,7 +70,9 @@ def llmservingsim(profiles: Path, gpu: str) -> list[Row]:
     dense: defaultdict[int, float] = defaultdict(float)
     for line in _lines(profiles / f"{stem}_dense.csv.gz"):
         is_once = line["layer"] in ("embedding", "final_layernorm")
-        layers = 1 if is_once else 2 * NUM_LAYERS["llama31-8b"] if line["layer"] == "layernorm" else NUM_LAYERS["llama31-8b"]
+        layers = (
+            1 if is_once else 2 * NUM_LAYERS["llama31-8b"] if line["layer"] == "layernorm" else NUM_LAYERS["llama31-8b"]
+        )
         dense[int(line["tokens"])] += layers * float(line["time_us"])
     head: defaultdict[int, float] = defaultdict(float)
     for line in _lines(profiles / f"{stem}_per_sequence.csv.gz"):

@@ -47,6 +47,7 @@ def _option(text: str, variable: str, default: object, panel: str = _MINE, hidde
 _CARRIER = "What moves KV blocks: shm, tcp, or nccl (GPUs only; never run on one yet)."
 _COPIES = "Budget of copies from an instance while requests decode on, and again to it, in MB/s; 0: no limit."
 _COPIES_SUIT = "12.5 without a GPU, no limit with one"
+_CLASSES = "Targets in ms by class, as NAME=TTFT/TPOT,... with - for none: interactive=500/50,bulk=60000/-."
 _CHECKSUM = "Sum every chunk of blocks, and refuse one that came otherwise. Not with nccl."
 
 
@@ -96,6 +97,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         int | None, _option("At once, in and out per instance.", "MAX_MIGRATIONS", 2, _TUNING)
     ] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
+    slo_classes: Annotated[str | None, _option(_CLASSES, "SLO_CLASSES", "none")] = None,
     journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
     log_level: Annotated[str | None, _option("Of our own log lines.", "LOG_LEVEL", "INFO")] = None,
     config_file: Annotated[
@@ -123,6 +125,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "rest_s": rest_s,
         "max_migrations": max_migrations,
         "start_timeout_s": start_timeout_s,
+        "slo_classes": slo_classes,
         "journal": journal,
         "log_level": log_level,
         "engine": engine,

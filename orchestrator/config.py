@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from instance.spec import Carrier
 from orchestrator.errors import ConfigError
+from orchestrator.policy.targets import parse_classes
 
 PREFIX = "KVFERRY_"
 DEFAULT_ADMIN = "127.0.0.1:50051"
@@ -60,6 +61,8 @@ class ServeConfig:
     rest_s: float = 10.0
     max_migrations: int = 2
     start_timeout_s: float = 300.0
+    slo_classes: str = ""
+    """`NAME=TTFT_MS/TPOT_MS,...`: targets of requests that name a class."""
     journal: str = ""
     log_level: str = "INFO"
     token: str = dataclasses.field(default="", repr=False)
@@ -89,6 +92,10 @@ class ServeConfig:
             self.copy_mb_per_s >= 0 or self.copy_mb_per_s == AS_SUITS,
             f"--copy-mb-per-s is {self.copy_mb_per_s:g}, it must be a rate, or 0 for no limit",
         )
+        try:
+            parse_classes(self.slo_classes)
+        except ValueError as error:
+            raise ConfigError(f"--slo-classes: {error}") from error
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 

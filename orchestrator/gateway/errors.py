@@ -25,6 +25,15 @@ class FailureKind(Enum):
     """Tokens are missing and do not come."""
     STOPPING = "stopping"
     """This gateway is being stopped."""
+    SLO = "slo"
+    """It asked to be rejected when its targets cannot be met, and they cannot."""
+
+    @property
+    def http_status(self) -> int:
+        """What the client gets where no token has been sent."""
+        if self is FailureKind.IMPOSSIBLE:
+            return 400
+        return 429 if self in (FailureKind.BUSY, FailureKind.SLO) else 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +41,6 @@ class Failure:
     kind: FailureKind
     message: str
     """One line for the client."""
+    reason: str = ""
+    """For programs, in `x-kvferry-reason`; empty: the kind's value."""
+    retry_after_s: float = 1.0

@@ -11,8 +11,19 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.gateway.asks import (
+    REASON,
+    AnswerNotes,
+    BadHeader,
+    StatusWithFirstEvent,
+    answer_notes,
+    asks_of,
+    bad_header,
+    request_asks,
+)
 from orchestrator.gateway.async_llm import header_priority
 from orchestrator.gateway.errors import GatewayError
+from orchestrator.policy.admission import OnOverload
 
 MAX_REQUEST_ID_CHARS = 128
 RETRY_AFTER_S = 1
@@ -24,8 +35,8 @@ MIDDLEWARE = f"{__name__}.KvferryHeaders"
 
 
 class KvferryHeaders:
-    """`x-request-id` is made where it is missing, given to vLLM and echoed; `x-kvferry-priority` is read; 429 and 503
-    say when to come back. Plain ASGI, so that streams pass through untouched."""
+    """`x-request-id` is made where it is missing, given to vLLM and echoed; `x-kvferry-priority` and the targets
+    (`asks.py`) are read; 429 and 503 say why, and when to come back. Plain ASGI: streams pass through untouched."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -36,13 +47,17 @@ class KvferryHeaders:
             return
         request_headers = Headers(scope=scope)
         request_id = _usable(request_headers.get("x-request-id")) or uuid.uuid4().hex
+        notes = AnswerNotes()
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = request_id
                 if message["status"] in (429, 503):
-                    headers["retry-after"] = str(RETRY_AFTER_S)
+                    failure = notes.failure
+                    headers["retry-after"] = str(RETRY_AFTER_S if failure is None else round(failure.retry_after_s))
+                    if failure is not None:
+                        headers[REASON] = failure.reason or failure.kind.value
             await send(message)
 
         raw = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
@@ -54,7 +69,16 @@ class KvferryHeaders:
                 await _bad_priority()(scope, receive, send_with_headers)
                 return
             header_priority.set(number)  # a context of its own: uvicorn runs each request in its own task
-        await self.app(scope, receive, send_with_headers)
+        try:
+            asks = asks_of(request_headers, getattr(scope["app"].state, "slo_classes", {}))
+        except BadHeader as error:
+            await bad_header(error)(scope, receive, send_with_headers)
+            return
+        request_asks.set(asks)
+        answer_notes.set(notes)
+        is_rejecting = asks.on_overload is OnOverload.REJECT
+        answer = StatusWithFirstEvent(scope, receive, send_with_headers, notes) if is_rejecting else send_with_headers
+        await self.app(scope, receive, answer)
 
 
 def add_routes(app: FastAPI) -> None:

@@ -20,6 +20,8 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     """Address the inbox binds to and instances reach it at."""
     dispatch_timeout_s: float = 5.0
     """How long a request waits here while every instance refuses it."""
+    slo_classes: str = ""
+    """`NAME=TTFT_MS/TPOT_MS,...` (`orchestrator.policy.slo.parse_classes`)."""
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
 from orchestrator.policy.load import LoadParams, virtual_usage_blocks
+from orchestrator.policy.slo import Pace, Predicted, Wanted
 
 MAX_SEEN_KEPT = 4096
 """Dispatches that have been seen are dropped from the list by age once there are so many."""
@@ -58,6 +59,8 @@ class Choice:
     reason: str
     signal_age_s: float
     """Age of the report the choice rests on."""
+    predicted: Predicted | None = None
+    """Of a request with targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ class DispatchBook:
         self._sent: deque[tuple[float, InstanceId, Epoch, int]] = deque()
         """(when, to whom, sequence), oldest first: what may have to be forgotten. Some have been seen since."""
         self._num_unseen = 0
+        self.pace = Pace()
 
     # ---- members and what they say
     def set_members(self, members: Collection[tuple[InstanceId, Epoch]]) -> None:
@@ -182,6 +186,7 @@ class DispatchBook:
             entry.row = row
         self._num_unseen = sum(len(entry.unseen) for entry in self._entries.values())
         self._columns = _Columns(list(self._entries.values()), self._params.load)
+        self.pace.set_members(kept.items())
         self._drop_seen()
 
     def on_report(self, report: LoadReport, now_s: float) -> bool:
@@ -195,6 +200,7 @@ class DispatchBook:
         while entry.unseen and entry.unseen[0].sequence <= report.submits_seen:
             self._forget_oldest(entry)
         self._columns.write(entry)
+        self.pace.on_report(report)
         self._drop_seen()
         return True
 
@@ -230,10 +236,17 @@ class DispatchBook:
         reports = (entry.report for entry in self._entries.values())
         return next((report.block_size for report in reports if report is not None), 16)
 
-    def choose(self, demand_blocks: int, now_s: float, excluded: Collection[InstanceId] = ()) -> Choice | NoChoice:
+    def choose(
+        self,
+        demand_blocks: int,
+        now_s: float,
+        excluded: Collection[InstanceId] = (),
+        wanted: Wanted | None = None,
+    ) -> Choice | NoChoice:
         """Pick the instance whose freeness with this request on it is highest; ties by fewest dispatched, then by id.
 
-        An instance it can never fit on is only asked when there is no other: its refusal then says so to the client.
+        If it wants something, those that are predicted to meet its targets come first, if any is. An instance it can
+        never fit on is only asked when there is no other: its refusal then says so to the client.
         """
         self._forget_late(now_s)
         columns = self._columns
@@ -249,14 +262,19 @@ class DispatchBook:
             why = _why_nobody(self.view(now_s), int(np.count_nonzero(serving)), num_fresh)
             return NoChoice(why, any_serving=bool(num_fresh))
         large_enough = candidates & (columns.total >= demand_blocks)
-        scores = np.where(large_enough if large_enough.any() else candidates, columns.scores(demand_blocks), -math.inf)
+        pool = large_enough if large_enough.any() else candidates
+        attainment = None if wanted is None else self.pace.attainment(wanted, columns.unseen, columns.unseen_blocks)
+        if attainment is not None:
+            pool = attainment.narrow(pool)
+        scores = np.where(pool, columns.scores(demand_blocks), -math.inf)
         best = np.flatnonzero(scores == scores.max())
         row = int(best[np.argmin(columns.unseen[best])])
         name = self._names[row]
         entry = self._entries[name]
         dispatched = f"{len(entry.unseen)} dispatched since its report"
         reason = f"score {float(scores[row]):.2f} highest of {num_candidates} ({dispatched})"
-        return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s))
+        predicted = None if attainment is None else attainment.on(row)
+        return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s), predicted)
 
     def view(self, now_s: float) -> ClusterView:
         """What is known now, in order of instance id; members without a report are left out."""

@@ -1,4 +1,4 @@
-"""How long does an engine step take on this instance? Learned online from the sums its reports carry, without a profile.
+"""How long does an engine step take on this instance? Learned online from the sums in its reports, without a profile.
 
     seconds = base * steps + per_token * tokens + per_wide_token * tokens beyond 256 a step
               + per_decode * decoding requests + per_context_token * KV tokens they read
@@ -155,7 +155,7 @@ class StepTimeModel:
             self._pull[kind] = forgetting**num_mine * self._pull[kind] + weighted @ seconds[mine]
 
     def _shift(self, ratio: float) -> float:
-        """By which factor the instance has become slower (throttled, a neighbour on its cores) or faster; 1.0: it has not.
+        """By which factor the instance has become slower (throttled, a neighbour on its cores) or faster; 1.0: neither.
 
         Rows weigh by the time they took, so an instance that got slower would be believed only when the fast rows are
         forgotten. A batch is median against stalls, and rows of the old speed still tell proportions.
@@ -185,7 +185,7 @@ def row_weights(seconds: Floats, expected_s: Floats, params: StepTimeParams) -> 
 
 def non_negative(matrix: Floats, vector: Floats) -> Floats:
     """argmin over x >= 0 of x @ matrix @ x - 2 vector @ x, for a positive definite matrix (Bro and de Jong, 1997)."""
-    solution: Floats = np.linalg.solve(matrix, vector)
+    solution: Floats = np.asarray(np.linalg.solve(matrix, vector), dtype=np.float64)
     if bool((solution >= 0.0).all()):
         return solution
     # Units differ by orders of magnitude: with a diagonal of ones the pivots compare like with like.
@@ -235,7 +235,7 @@ class StepTimes:
         self._learned = {key: learned for key, learned in self._learned.items() if key in kept}
 
     def on_report(self, report: LoadReport) -> Floats | None:
-        """Learn from a report of a member and return its coefficients. Reports may be lost, older ones teach nothing."""
+        """Learn from a member's report and return its coefficients. Reports may be lost, older ones teach nothing."""
         key = (InstanceId(report.instance), Epoch(report.epoch))
         learned = self._learned.get(key)
         if learned is None:

@@ -92,6 +92,7 @@ def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
             port=config.port,
             gateway=f"gateway-{index}",
             reuse_port=config.gateways > 1,
+            slo_classes=config.slo_classes,
             token=token,
         )
         for index in range(config.gateways)
