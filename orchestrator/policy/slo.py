@@ -148,7 +148,7 @@ class Pace:
         sent_tokens = unseen_blocks * self.block_size
         before = self.waiting_tokens + sent_tokens
         ahead = before + max(1, num_prompt_tokens)
-        num_steps = np.ceil(ahead / np.maximum(1.0, self.step_tokens - self.running))
+        num_steps = np.maximum(1.0, np.ceil(ahead / np.maximum(1.0, self.step_tokens - self.running)))
         prefill_s = num_steps * self._step_s(ahead / num_steps, self.running, self.context)
         # Prompts before it are taken to be of equal length: attention grows with the square of each.
         pairs = before * before / (2.0 * np.maximum(1.0, self.waiting + unseen)) + num_prompt_tokens**2 / 2.0

@@ -1,4 +1,4 @@
-"""What does the step-time model estimate? The same least squares, slow and obvious: every row kept, every subset tried."""
+"""What does the step-time model estimate? The same least squares, slow: every row is kept, every subset tried."""
 
 from __future__ import annotations
 
