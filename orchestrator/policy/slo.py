@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +86,13 @@ class SloParams:
     """Mean answer; how long a request that runs goes on, whatever it has given already."""
 
 
+COLUMNS = (
+    "per_base", "per_prefill_token", "per_wide_token", "per_decode", "per_context_token", "per_pair", "block_size",
+    "waiting", "waiting_tokens", "prefill_room", "narrow_room", "decode_s", "free_tokens", "ends_per_token",
+    "places_left", "one_ends_s", "batch", "slots", "context",
+)  # fmt: skip
+
+
 class Pace:
     """What predictions need to know of each member: columns in the order of their ids, one row a member."""
 
@@ -109,14 +115,8 @@ class Pace:
         self._make_columns()
 
     def _make_columns(self) -> None:
-        size = len(self._rows)
-        self.coefficients: Floats = np.zeros((NUM_TERMS, size))
-        self.running, self.waiting = np.zeros(size), np.zeros(size)
-        self.context, self.waiting_tokens = np.zeros(size), np.zeros(size)
-        self.free_tokens = np.zeros(size)
-        """May be negative: what waits there is counted as taken."""
-        self.block_size = np.ones(size)
-        self.step_tokens, self.slots = np.full(size, math.inf), np.full(size, math.inf)
+        self._table: Floats = np.zeros((len(COLUMNS), len(self._rows)))
+        self._columns = dict(zip(COLUMNS, self._table, strict=True))
         for report in self._reports.values():
             self._write(report)
 
@@ -129,62 +129,69 @@ class Pace:
             self._write(report)
 
     def _write(self, report: LoadReport) -> None:
+        """What a prediction needs of a member, as far as it does not depend on the request."""
         row, epoch = self._rows[InstanceId(report.instance)]
         learned = self.times.coefficients(InstanceId(report.instance), epoch)
-        if learned is not None:
-            self.coefficients[:, row] = learned
-        size, held = report.block_size, running_blocks(report)
+        per = [0.0] * NUM_TERMS if learned is None else learned.tolist()
+        size, running, context = report.block_size, report.num_running, running_blocks(report) * report.block_size
         waiting_blocks = max(report.waiting_blocks, report.head_of_line_blocks)
-        self.running[row], self.waiting[row] = report.num_running, report.num_waiting
-        self.context[row], self.waiting_tokens[row] = held * size, waiting_blocks * size
-        self.free_tokens[row] = (report.free_blocks - waiting_blocks) * size
-        self.block_size[row] = size
-        self.step_tokens[row] = report.max_step_tokens or math.inf
-        self.slots[row] = report.max_running or math.inf
+        slots = report.max_running or math.inf
+        decode_s = per[BASE] + (per[PER_TOKEN] + per[PER_DECODE]) * running + per[PER_CONTEXT_TOKEN] * context
+        step_s = decode_s + per[PER_WIDE_TOKEN] * max(0, running - WIDE_STEP_TOKENS)
+        self._table[:, row] = (  # in the order of COLUMNS
+            per[BASE],
+            per[PER_TOKEN],
+            per[PER_WIDE_TOKEN],
+            per[PER_TOKEN] + per[PER_DECODE],
+            per[PER_CONTEXT_TOKEN],
+            per[PER_PAIR],
+            size,
+            report.num_waiting,
+            waiting_blocks * size,
+            max(1.0, (report.max_step_tokens or math.inf) - running),
+            WIDE_STEP_TOKENS - running,
+            decode_s,
+            (report.free_blocks - waiting_blocks) * size,
+            running / max(1.0, context),
+            slots - running - report.num_waiting,
+            self._params.expected_output_tokens * step_s / running if running else 0.0,
+            running + report.num_waiting,
+            slots,
+            context + waiting_blocks * size,
+        )
 
     # ---- predictions, one value a member
     def predicted_ttft_s(self, unseen: Floats, unseen_blocks: Floats, num_prompt_tokens: int) -> Floats:
         """`unseen`, `unseen_blocks`: own dispatches that no report has seen yet, and their demand."""
-        sent_tokens = unseen_blocks * self.block_size
-        before = self.waiting_tokens + sent_tokens
+        of = self._columns
+        sent_tokens = unseen_blocks * of["block_size"]
+        before = of["waiting_tokens"] + sent_tokens
         ahead = before + max(1, num_prompt_tokens)
-        num_steps = np.maximum(1.0, np.ceil(ahead / np.maximum(1.0, self.step_tokens - self.running)))
-        prefill_s = num_steps * self._step_s(ahead / num_steps, self.running, self.context)
+        num_steps = np.maximum(1.0, np.ceil(ahead / of["prefill_room"]))
+        wide = np.maximum(0.0, ahead - num_steps * of["narrow_room"])
+        ttft_s: Floats = num_steps * of["decode_s"] + of["per_prefill_token"] * ahead + of["per_wide_token"] * wide
         # Prompts before it are taken to be of equal length: attention grows with the square of each.
-        pairs = before * before / (2.0 * np.maximum(1.0, self.waiting + unseen)) + num_prompt_tokens**2 / 2.0
-        batch = np.maximum(1.0, self.running)
-        short_tokens = np.maximum(0.0, sent_tokens + num_prompt_tokens + 1.0 - self.free_tokens)
-        short_places = np.maximum(0.0, self.running + self.waiting + unseen + 1.0 - self.slots)
-        ends = np.maximum(short_tokens * batch / np.maximum(1.0, self.context), short_places)
-        room_s = np.where(self.running > 0.0, ends * self.one_ends_s(), 0.0)
-        ttft_s: Floats = room_s + prefill_s + self.coefficients[PER_PAIR] * pairs
+        pairs = before * before / np.maximum(2.0, 2.0 * (of["waiting"] + unseen)) + num_prompt_tokens**2 / 2.0
+        ttft_s += of["per_pair"] * pairs
+        short_tokens = sent_tokens + (num_prompt_tokens + 1.0) - of["free_tokens"]
+        ends = np.maximum(short_tokens * of["ends_per_token"], unseen + 1.0 - of["places_left"])
+        ttft_s += np.maximum(0.0, ends) * of["one_ends_s"]
         return ttft_s
 
     def predicted_tpot_s(self, unseen: Floats, unseen_blocks: Floats, num_prompt_tokens: int) -> Floats:
-        batch = np.minimum(self.running + self.waiting + unseen + 1.0, self.slots)
-        context = self.context + self.waiting_tokens + unseen_blocks * self.block_size + num_prompt_tokens
-        return self._step_s(0.0, batch, context)
-
-    def one_ends_s(self) -> Floats:
-        """Time between two ends of the requests that run there, in the mean."""
-        step_s = self._step_s(0.0, self.running, self.context)
-        ends_s: Floats = self._params.expected_output_tokens * step_s / np.maximum(1.0, self.running)
-        return ends_s
-
-    def _step_s(self, prefill: Any, decoding: Floats, context: Floats) -> Floats:
-        per = self.coefficients
-        tokens = prefill + decoding
-        wide = np.maximum(0.0, tokens - WIDE_STEP_TOKENS)
-        seconds: Floats = per[BASE] + per[PER_TOKEN] * tokens + per[PER_WIDE_TOKEN] * wide
-        seconds += per[PER_DECODE] * decoding + per[PER_CONTEXT_TOKEN] * context
-        return seconds
+        of = self._columns
+        batch = np.minimum(of["batch"] + unseen + 1.0, of["slots"])
+        context = of["context"] + unseen_blocks * of["block_size"] + num_prompt_tokens
+        tpot_s: Floats = of["per_base"] + of["per_decode"] * batch + of["per_context_token"] * context
+        tpot_s += of["per_wide_token"] * np.maximum(0.0, batch - WIDE_STEP_TOKENS)
+        return tpot_s
 
     # ---- a choice
     def attainment(self, wanted: Wanted, unseen: Floats, unseen_blocks: Floats) -> Attainment:
         """Which members are predicted to meet the targets."""
+        targets = wanted.targets
         ttft_s = self.predicted_ttft_s(unseen, unseen_blocks, wanted.num_prompt_tokens)
         tpot_s = self.predicted_tpot_s(unseen, unseen_blocks, wanted.num_prompt_tokens)
-        targets = wanted.targets
         within_ttft = ttft_s <= (math.inf if targets.ttft_s is None else targets.ttft_s)
         within_tpot = tpot_s <= (math.inf if targets.tpot_s is None else targets.tpot_s)
-        return Attainment(ttft_s, tpot_s, within_ttft & within_tpot, self.one_ends_s())
+        return Attainment(ttft_s, tpot_s, within_ttft & within_tpot, self._columns["one_ends_s"])
