@@ -5,8 +5,8 @@
 Real numbers only (KVFERRY_DATA, default ../shared/data beside the checkout): whole iterations of Llama-2-70B and
 BLOOM-176B as measured by Splitwise, each step put together from the kernel times of vLLM that LLMServingSim measured
 (dense layers, attention of exactly that batch, head), and the same of Vidur's Llama-2-70B tables. Each table is one
-instance's life: rows in random order, each predicted before it is learned. Two other arms see the same rows: the smoothed
-mean that reports carried before, and the built-in proportions at one learned speed.
+instance's life: rows in random order, each predicted before it is learned. Two other arms see the same rows: the
+smoothed mean that reports carried before, and the built-in proportions at one learned speed.
 """
 
 from __future__ import annotations

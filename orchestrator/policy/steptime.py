@@ -37,6 +37,10 @@ SHAPE: Floats = np.array([8e-3, 3e-5, 2e-5, 2e-5, 1e-7, 3e-9])
 """Seconds a unit of each term, about those of an 8-billion-parameter model on one GPU (fits of published profiles).
 Only their proportions matter: as the first guess, and as the scale in which coefficients are compared."""
 
+MIN_SECONDS, MAX_SECONDS = 1e-7, 1e9
+"""Of the time between two reports: what else a report says is no measurement."""
+LEAST_EXPECTED = 1e-3
+"""Of the time a row took: no row weighs as if it had been expected sooner."""
 MAX_PIVOTS = 64
 """Of the non-negative solution: it needs a few, in theory finitely many."""
 
@@ -94,7 +98,7 @@ def between(before: StepTotals, after: StepTotals) -> Observation | None:
         float(after.num_attended_pairs - before.num_attended_pairs),
     )
     seconds = after.busy_s - before.busy_s
-    if terms[BASE] < 1.0 or terms[PER_TOKEN] < 1.0 or min(terms) < 0.0 or not 0.0 < seconds < math.inf:
+    if terms[BASE] < 1.0 or terms[PER_TOKEN] < 1.0 or min(terms) < 0.0 or not MIN_SECONDS <= seconds <= MAX_SECONDS:
         return None
     return Observation(terms, seconds, num_prefill_tokens > 0)
 
@@ -140,6 +144,7 @@ class StepTimeModel:
         kinds = np.array([seen.has_prefill for seen in self._batch], dtype=np.int64)
         self._batch = []
         expected_s = seconds if self._coefficients is None else rows @ self._scaled
+        expected_s = np.maximum(expected_s, LEAST_EXPECTED * seconds)  # a step of terms that seemed to cost nothing
         if len(rows) >= self._params.solve_every:
             expected_s = expected_s * self._shift(float(np.median(seconds / expected_s)))
         weights = row_weights(seconds, expected_s, self._params)
@@ -185,12 +190,12 @@ def row_weights(seconds: Floats, expected_s: Floats, params: StepTimeParams) -> 
 
 def non_negative(matrix: Floats, vector: Floats) -> Floats:
     """argmin over x >= 0 of x @ matrix @ x - 2 vector @ x, for a positive definite matrix (Bro and de Jong, 1997)."""
-    solution: Floats = np.asarray(np.linalg.solve(matrix, vector), dtype=np.float64)
-    if bool((solution >= 0.0).all()):
-        return solution
-    # Units differ by orders of magnitude: with a diagonal of ones the pivots compare like with like.
+    # Units differ by orders of magnitude: with a diagonal of ones less is lost, and the pivots compare like with like.
     scale = 1.0 / np.sqrt(np.diag(matrix))
     matrix, vector = matrix * np.multiply.outer(scale, scale), vector * scale
+    solution: Floats = np.asarray(np.linalg.solve(matrix, vector), dtype=np.float64)
+    if bool((solution >= 0.0).all()):
+        return solution * scale
     tolerance = 1e-12 * max(1.0, float(np.abs(vector).max()))
     solution, free = np.zeros(len(vector)), np.zeros(len(vector), dtype=bool)
     for _ in range(MAX_PIVOTS):
@@ -242,7 +247,7 @@ class StepTimes:
             # What was computed before anybody listened counts as a first row: an instance is known at once.
             learned = self._learned[key] = _Learned(StepTimeModel(self.prior(), self._params), StepTotals())
         seen = between(learned.totals, report.steps)
-        if report.steps.num_steps > learned.totals.num_steps:
+        if report.steps.num_steps > learned.totals.num_steps and math.isfinite(report.steps.busy_s):
             learned.totals = report.steps
         if seen is not None:
             learned.model.observe(seen)

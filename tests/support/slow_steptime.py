@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.policy.steptime import NUM_TERMS, SHAPE, Observation, StepTimeParams
+from orchestrator.policy.steptime import LEAST_EXPECTED, NUM_TERMS, SHAPE, Observation, StepTimeParams
 
 
 class SlowStepTime:
@@ -37,15 +37,20 @@ class SlowStepTime:
         """The median of measured over expected in a whole batch, if it is far from 1."""
         if self.coefficients is None or len(self._unweighted) < self._params.solve_every:
             return 1.0
-        ratios = [one.seconds / float(self.coefficients @ np.array(one.terms)) for one in self._unweighted]
+        ratios = [one.seconds / self._expected_s(one) for one in self._unweighted]
         ratio = float(np.median(ratios))
         limit = 1.0 + self._params.shift_error
         return 1.0 if 1.0 / limit <= ratio <= limit else ratio
 
+    def _expected_s(self, seen: Observation) -> float:
+        assert self.coefficients is not None
+        expected_s = sum(float(a) * b for a, b in zip(self.coefficients, seen.terms, strict=True))
+        return max(expected_s, LEAST_EXPECTED * seen.seconds)
+
     def _weight(self, seen: Observation) -> float:
         expected_s = seen.seconds
         if self.coefficients is not None:
-            expected_s = sum(a * b for a, b in zip(self.coefficients, seen.terms, strict=True))
+            expected_s = self._expected_s(seen)
         error = abs(seen.seconds - expected_s) / expected_s
         huber = 1.0 if error <= self._params.tolerated_error else self._params.tolerated_error / error
         return float(huber / expected_s**2)

@@ -152,6 +152,16 @@ def test_reports_that_are_old_or_cannot_be_teach_nothing(after: StepTotals) -> N
     assert between(StepTotals(10, 0, 50, 0, 50, 200, 0, 1.0), after) is None
 
 
+def test_a_report_without_a_time_does_not_end_the_learning() -> None:
+    times = StepTimes()
+    times.set_members([(InstanceId("a"), Epoch(1))])
+    times.on_report(told("a", StepTotals(10, 0, 50, 0, 50, 200, 0, 1.0)))
+    times.on_report(told("a", StepTotals(20, 0, 90, 0, 90, 400, 0, float("nan"))))
+    before = times.coefficients(InstanceId("a"), Epoch(1))
+    after = times.on_report(told("a", StepTotals(30, 0, 130, 0, 130, 600, 0, 9.0)))
+    assert before is not None and after is not None and seconds(DECODE, after) > seconds(DECODE, before)
+
+
 def told(name: str, totals: StepTotals, epoch: int = 1) -> LoadReport:
     return report(name, epoch=epoch, steps=totals)
 
