@@ -20,18 +20,27 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from bench.decide import load
 from bench.report import Result, Value, spread_of, this_machine, write_result
 from bench.steptime_tables import Row, data_folder, tables
+from instance.messages import LoadReport, StepTotals
+from migration.types import Epoch, InstanceId
+from orchestrator.policy.dispatch import DispatchBook
+from orchestrator.policy.slo import Wanted
 from orchestrator.policy.steptime import SHAPE, Observation, StepTimeModel, StepTimeParams
+from orchestrator.policy.targets import Targets
 
 ORDERS, QUICK_ORDERS = 5, 1
 QUICK_ROWS = 1500
 WARM_UP = 32
 """Rows of a life that are learned from and counted apart."""
 MEAN_WEIGHT = 0.1
+LEARNED_REPORTS = 32
+"""Of each instance, timed: a batch of rows is learned from twice in them."""
 STALL_EVERY, STALL = 50, 100.0
 COLUMNS = (
     "instance",
@@ -143,6 +152,47 @@ def microseconds_a_row(rows: list[Row], num_rows: int) -> float:
     return (time.perf_counter() - began_s) / num_rows * 1e6
 
 
+def costs(num_instances: int, num_choices: int) -> dict[str, Value]:
+    """Mean processor time at a gateway of so many instances, in us: of a choice, and of taking a report in."""
+    rng = random.Random(0)
+    spent: dict[str, Value] = {"instances": num_instances}
+    for is_learning in (False, True):
+        book = DispatchBook()
+        reports = [
+            [report_of(rng, number, step, is_learning) for number in range(num_instances)]
+            for step in range(1, WARM_UP + LEARNED_REPORTS)
+        ]
+        book.set_members([(InstanceId(one.instance), Epoch(1)) for one in reports[0]])
+        for at_once in reports[:WARM_UP]:
+            for one in at_once:
+                book.on_report(one, 0.0)
+        began_s = time.process_time()
+        for at_once in reports[WARM_UP:]:
+            for one in at_once:
+                book.on_report(one, 0.0)
+        num_reports = num_instances * len(reports[WARM_UP:])
+        spent["report_learned_us" if is_learning else "report_us"] = (time.process_time() - began_s) / num_reports * 1e6
+    wanted = Wanted(900, Targets(0.5, 0.05))
+    for name, asked in (("choice_us", None), ("choice_with_targets_us", wanted)):
+        began_s = time.process_time()
+        for _ in range(num_choices):
+            book.choose(57, 0.1, (), asked)
+        spent[name] = (time.process_time() - began_s) / num_choices * 1e6
+    spent["report_bytes"] = len(msgspec.msgpack.encode(reports[-1][0]))
+    return spent
+
+
+def report_of(rng: random.Random, number: int, step: int, is_learning: bool) -> LoadReport:
+    """A loaded instance's; without `is_learning` it tells nothing of its steps."""
+    totals = StepTotals(
+        step * 5, step * 900, step * 400, step * 100, step * 400, step * 300_000, step * 400_000, step / 9
+    )
+    report = load(rng, number, step)
+    if not is_learning:
+        return report
+    return msgspec.structs.replace(report, steps=totals, max_step_tokens=8192, max_running=256)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="How well does the step-time model predict real engines' steps?")
     parser.add_argument("--quick", action="store_true", help="one order, fewer rows")
@@ -158,33 +208,36 @@ def main(argv: list[str] | None = None) -> int:
     arms: dict[str, dict[str, Value]] = {}
     spread: dict[str, dict[str, float | int | None]] = {}
     together: list[float] = []
+    p90s: list[float] = []
     sample: list[Row] = []
     for name, rows in tables(folder):
         arm, found = measure(rows, num_orders, max_rows)
         arms[name], spread[name] = arm, spread_of(found)
         together.append(float(arm["median"] or 0.0))
+        p90s.append(float(arm["p90"] or 0.0))
         sample = rows
         columns = ("median", "p90", "first_32_median", "first_32_p90", "stalled_median", "mean_median", "speed_median")
         table.add_row(name, str(arm["rows"]), *[f"{100 * float(arm[key] or 0.0):.1f} %" for key in columns])
+    arms["costs"] = costs(*((64, 200) if options.quick else (1024, 3_000)))
     result = Result(
         name="steptime",
         command=" ".join(["python", "-m", "bench.steptime", *sys.argv[1:]]),
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         figures={
             "steptime_median_error": statistics.median(together),
-            "steptime_p90_error": statistics.median(float(arm["p90"] or 0.0) for arm in arms.values()),
+            "steptime_p90_error": statistics.median(p90s),
             "steptime_median_error_worst": max(together),
-            "steptime_p90_error_worst": max(float(arm["p90"] or 0.0) for arm in arms.values()),
+            "steptime_p90_error_worst": max(p90s),
             "steptime_us_a_row": microseconds_a_row(sample, 2_000 if options.quick else 20_000),
         },
         arms=arms,
-        n={"instances": len(arms), "orders": num_orders},
+        n={"instances": len(together), "orders": num_orders},
         spread=spread,
         machine=this_machine(),
     )
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
-    for name, value in result.figures.items():
+    for name, value in (*result.figures.items(), *arms["costs"].items()):
         console.print(f"{name} {value:.4g}", highlight=False)
     if options.json:
         write_result(options.json, result)

@@ -30,6 +30,7 @@ from orchestrator.gateway.relay import Owner, OwnerMoved, Relay
 from orchestrator.gateway.types import Deliver, Effect, Fail, Flight, Forget, Outgoing, RouterCounts, RouterParams, Send
 from orchestrator.policy.admission import Admit, Queue, Reject, admit, defer, patience_s
 from orchestrator.policy.dispatch import ClusterView, DispatchBook, NoChoice, demand_blocks
+from orchestrator.policy.slo import Pace
 
 
 class Router:
@@ -59,6 +60,11 @@ class Router:
     # ---- what is known
     def view(self, now_s: float) -> ClusterView:
         return self._book.view(now_s)
+
+    @property
+    def pace(self) -> Pace:
+        """What is known of each member's speed."""
+        return self._book.pace
 
     def why_nobody_serves(self, now_s: float) -> str | None:
         """None: at least one instance serves and has said so lately."""

@@ -330,6 +330,7 @@ class DispatchBook:
         assert list(self._entries) == sorted(self._entries)
         assert self._num_unseen == sum(len(entry.unseen) for entry in self._entries.values())
         assert len(self._sent) <= 2 * self._num_unseen + MAX_SEEN_KEPT
+        self.pace.check_integrity([(name, entry.epoch) for name, entry in self._entries.items()])
         fresh = _Columns(list(self._entries.values()), self._params.load)
         for column, values in vars(fresh).items():
             assert column == "_params" or np.array_equal(values, getattr(self._columns, column)), f"{column} is stale"

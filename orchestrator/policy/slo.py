@@ -186,6 +186,14 @@ class Pace:
         tpot_s += of["per_wide_token"] * np.maximum(0.0, batch - WIDE_STEP_TOKENS)
         return tpot_s
 
+    def check_integrity(self, members: Collection[tuple[InstanceId, Epoch]]) -> None:
+        """Raise AssertionError unless it knows just these members, and the columns are those of their reports."""
+        assert {(name, epoch) for name, (_, epoch) in self._rows.items()} == set(members)
+        assert self._reports.keys() <= self._rows.keys()
+        kept = self._table.copy()
+        self._make_columns()
+        assert np.array_equal(kept, self._table), "predictions rest on stale columns"
+
     # ---- a choice
     def attainment(self, wanted: Wanted, unseen: Floats, unseen_blocks: Floats) -> Attainment:
         """Which members are predicted to meet the targets."""

@@ -142,7 +142,7 @@ def test_only_who_asked_for_it_is_sent_away_and_always_with_a_time_to_come_back(
         assert wants.on_overload is OnOverload.QUEUE or verdict.reason is Reason.NOBODY
     else:
         assert isinstance(verdict, Admit) and verdict.choice is found
-        is_met = found.predicted is None or found.predicted.meets  # type: ignore[union-attr]
+        is_met = found.predicted is None or found.predicted.meets
         assert is_met or wants.on_overload is OnOverload.QUEUE
 
 
