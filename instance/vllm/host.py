@@ -10,6 +10,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from instance.types import (
+    NO_WORK,
     CommittedRequest,
     EngineFacts,
     EngineLoad,
@@ -150,11 +151,12 @@ class VllmEngine:
         return bool(self._scheduler.has_requests() or self._core.batch_queue)
 
     def step(self) -> StepResult:
+        self._scheduler.ferry_last_work = NO_WORK  # with asynchronous scheduling a call may wait for no step
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         results = tuple(self._output(output) for batch in (outputs or {}).values() for output in batch.outputs)
         num_tokens, num_decoding = getattr(self._scheduler, "ferry_last_step", (0, 0)) if executed else (0, 0)
-        return StepResult(results, executed, num_tokens, num_decoding)
+        return StepResult(results, executed, num_tokens, num_decoding, self._scheduler.ferry_last_work)
 
     def _output(self, output: Any) -> EngineOutput:
         finish = output.finish_reason
