@@ -387,10 +387,8 @@ class VllmEngine:
         return reason
 
     def _why_unmovable(self, request: Request, submitted: _Submitted) -> str | None:
-        if self._facts.migration_refused_because is not None:
-            return self._facts.migration_refused_because
-        scheduler = self._scheduler
-        reason = why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens)
+        scheduler, refused = self._scheduler, self._facts.migration_refused_because
+        reason = refused or why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens)
         return reason or why_too_large(submitted.payload)
 
     def _refuse_commit(self, migration_id: MigrationId, reason: str) -> Refusal:

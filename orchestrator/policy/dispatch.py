@@ -109,6 +109,7 @@ class DispatchBook:
         self._sent: deque[tuple[float, InstanceId, Epoch, int]] = deque()
         """(when, to whom, sequence), oldest first: what may have to be forgotten. Some have been seen since."""
         self._num_unseen = 0
+        self.pace = Pace()
         self._last_row = -1
         """Chosen last, for taking turns."""
 
@@ -121,7 +122,6 @@ class DispatchBook:
         if params != self._params:
             self._params = params
             self._columns = Columns(list(self._entries.values()), params, self._num_gateways)
-        self.pace = Pace()
 
     # ---- members and what they say
     def set_members(self, members: Collection[tuple[InstanceId, Epoch]], num_gateways: int | None = None) -> None:
