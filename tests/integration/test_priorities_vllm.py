@@ -42,9 +42,16 @@ def first_come(first_come_kit: VllmKit) -> Iterator[EnginePair]:
     yield from pair_over(first_come_kit)
 
 
-def begun(pair: EnginePair, *requests: RequestId) -> list[RequestId]:
-    """Those of them that have put out a token, in the order in which they did."""
-    return [request for request in pair.outputs if request in requests and pair.tokens(request)]
+def order_of_first_tokens(pair: EnginePair, *requests: RequestId) -> list[RequestId]:
+    """Steps until each of them has put out a token."""
+    begun: list[RequestId] = []
+
+    def all_have() -> bool:
+        begun.extend(request for request in requests if request not in begun and pair.tokens(request))
+        return len(begun) == len(requests)
+
+    pair.step_until(pair.first, all_have)
+    return begun
 
 
 def test_of_those_that_wait_the_one_that_is_raised_runs_next_and_each_says_what_it_would_have_said(
@@ -52,7 +59,6 @@ def test_of_those_that_wait_the_one_that_is_raised_runs_next_and_each_says_what_
 ) -> None:
     shapes = [Shape(40, 30, prompt_key=200 + number) for number in range(4)]
     expected = [tight.run_alone(tight.first, shape) for shape in shapes]
-    tight.outputs.clear()
     blockers = [tight.add(tight.first, Shape(30, 20 + 5 * number, prompt_key=210 + number)) for number in range(2)]
     for request in blockers:
         tight.decode_until(tight.first, request, 1)
@@ -60,8 +66,8 @@ def test_of_those_that_wait_the_one_that_is_raised_runs_next_and_each_says_what_
     answer = tight.first.set_priority(waiting[-1], -10)
     assert (answer.outcome, answer.status) == (PriorityOutcome.SET, RequestStatus.WAITING)
     assert tight.first.set_priority(waiting[0], 10).outcome is PriorityOutcome.SET
+    assert order_of_first_tokens(tight, *waiting) == [waiting[3], waiting[1], waiting[2], waiting[0]]
     tight.finish(tight.first, *blockers, *waiting)
-    assert begun(tight, *waiting) == [waiting[3], waiting[1], waiting[2], waiting[0]]
     assert [tight.tokens(request) for request in waiting] == expected
 
 
