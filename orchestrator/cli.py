@@ -1,4 +1,4 @@
-"""The command line: `kvferry serve | status | migrate | drain | undrain | demo`. Heavy imports are inside."""
+"""The command line: `kvferry serve | status | migrate | drain | undrain | scale | demo`. Heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ Admin = Annotated[
 _MINE = "Cluster"
 _CARRIAGE = "Moving KV blocks"
 _TUNING = "Rebalancing"
+_SCALING = "Number of instances"
+_PLACES = "Where instances run, on a Ray of several nodes"
 
 
 def _option(text: str, variable: str, default: object, panel: str = _MINE, hidden: bool = False) -> OptionInfo:
@@ -95,6 +97,43 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     max_migrations: Annotated[
         int | None, _option("At once, in and out per instance.", "MAX_MIGRATIONS", 2, _TUNING)
     ] = None,
+    autoscale: Annotated[
+        bool | None,
+        typer.Option(
+            "--autoscale/--no-autoscale",
+            help="Start and stop instances as the load asks for. Default: no. (KVFERRY_AUTOSCALE)",
+            show_default=False,
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    autoscale_min: Annotated[
+        int | None, _option("Fewest, also for `kvferry scale`.", "AUTOSCALE_MIN", 1, _SCALING)
+    ] = None,
+    autoscale_max: Annotated[
+        int | None, _option("Most, also for `kvferry scale`.", "AUTOSCALE_MAX", "--instances", _SCALING)
+    ] = None,
+    autoscale_low_steps: Annotated[
+        float | None, _option("Mean freeness below: one more.", "AUTOSCALE_LOW_STEPS", 160, _SCALING)
+    ] = None,
+    autoscale_high_steps: Annotated[
+        float | None, _option("Mean freeness above: one less.", "AUTOSCALE_HIGH_STEPS", 960, _SCALING)
+    ] = None,
+    autoscale_period_s: Annotated[
+        float | None, _option("Seconds it must last.", "AUTOSCALE_PERIOD_S", 30, _SCALING)
+    ] = None,
+    autoscale_cooldown_s: Annotated[
+        float | None, _option("Seconds of rest after a change.", "AUTOSCALE_COOLDOWN_S", 60, _SCALING)
+    ] = None,
+    retire_timeout_s: Annotated[
+        float | None, _option("Not empty by then: it stays.", "RETIRE_TIMEOUT_S", 600, _SCALING)
+    ] = None,
+    placement: Annotated[str | None, _option("pack or spread.", "PLACEMENT", "pack", _PLACES)] = None,
+    instance_resources: Annotated[
+        str | None, _option("Held besides GPUs: NAME=AMOUNT,...", "INSTANCE_RESOURCES", "none", _PLACES)
+    ] = None,
+    instance_labels: Annotated[
+        str | None, _option("Of the node: NAME=VALUE,...", "INSTANCE_LABELS", "none", _PLACES)
+    ] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
     journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
     log_level: Annotated[str | None, _option("Of our own log lines.", "LOG_LEVEL", "INFO")] = None,
@@ -122,6 +161,17 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "margin_steps": margin_steps,
         "rest_s": rest_s,
         "max_migrations": max_migrations,
+        "autoscale": autoscale,
+        "autoscale_min": autoscale_min,
+        "autoscale_max": autoscale_max,
+        "autoscale_low_steps": autoscale_low_steps,
+        "autoscale_high_steps": autoscale_high_steps,
+        "autoscale_period_s": autoscale_period_s,
+        "autoscale_cooldown_s": autoscale_cooldown_s,
+        "retire_timeout_s": retire_timeout_s,
+        "placement": placement,
+        "instance_resources": instance_resources,
+        "instance_labels": instance_labels,
         "start_timeout_s": start_timeout_s,
         "journal": journal,
         "log_level": log_level,
@@ -193,6 +243,33 @@ def undrain(
     with AdminClient(config.admin_address(admin)) as client:
         client.undrain(instance)
     print(f"{instance} serves again")
+
+
+@app.command()
+def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
+    target: Annotated[int | None, typer.Argument(metavar="[N]", help="Instances there shall be.")] = None,
+    fewest: Annotated[int | None, typer.Option("--min", help="No target is below.")] = None,
+    most: Annotated[int | None, typer.Option("--max", help="No target is above.")] = None,
+    automatic: Annotated[
+        bool | None, typer.Option("--auto/--no-auto", help="Let the target follow the load.", show_default=False)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when N are there.")] = True,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Wait no longer than this.")
+    ] = None,
+    admin: Admin = None,
+) -> None:
+    """Say how many instances there shall be. Those too many are emptied by migration, then stopped."""
+    from orchestrator import cli_scaling as shown  # noqa: PLC0415
+    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
+    from orchestrator.admin.errors import Declined  # noqa: PLC0415
+
+    with AdminClient(config.admin_address(admin)) as client:
+        scaling = client.scale(target, fewest, most, automatic)
+        if target is None or not wait:
+            print(shown.line(scaling))
+        elif not shown.follow(client, scaling, deadline):
+            raise Declined("not done within the deadline; what was begun goes on")
 
 
 @app.command()

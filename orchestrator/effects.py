@@ -8,7 +8,7 @@ from instance.lifecycle import State
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
 from orchestrator.events import MigrationNumber, Token
-from orchestrator.state import MigrationRecord
+from orchestrator.state import MigrationRecord, ScalingSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,38 @@ class FenceInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class StartInstance:
+    """Start an instance; the shell answers with one `InstanceStarted` or one `InstanceStartFailed`, in bounded time."""
+
+    instance: InstanceId
+    epoch: Epoch
+    reason: str
+    signal_age_s: float
+    """Age of the oldest report the decision rests on; 0 when it was somebody's word."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """End the process of this incarnation, whether it is there or not; its end comes back as `InstanceLost`."""
+
+    instance: InstanceId
+    epoch: Epoch
+    reason: str
+    signal_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceScaling:
+    """Log a decision on the number of instances; nothing else is to be done for it."""
+
+    target: int
+    instance: InstanceId | None
+    """The one it is about; None: the target itself."""
+    reason: str
+    signal_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     kind: RefusalKind
     reason: str
@@ -91,7 +123,14 @@ class MigrationFinished:
     record: MigrationRecord
 
 
-Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished
+@dataclass(frozen=True, slots=True)
+class ScalingSet:
+    """What holds from now on."""
+
+    scaling: ScalingSnapshot
+
+
+Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished | ScalingSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +141,13 @@ class Answer:
     result: Result
 
 
-Effect = StartMigration | SetDraining | UpdateMembers | FenceInstance | Answer
+Effect = (
+    StartMigration
+    | SetDraining
+    | UpdateMembers
+    | FenceInstance
+    | StartInstance
+    | StopInstance
+    | AnnounceScaling
+    | Answer
+)

@@ -20,6 +20,7 @@ from orchestrator.state import (
     InstanceRecord,
     InstanceSnapshot,
     MigrationRecord,
+    ScalingSnapshot,
     Snapshot,
 )
 
@@ -173,7 +174,11 @@ def ended(record: MigrationRecord, event: MigrationEnded, now_s: float) -> Migra
 
 
 def snapshot(
-    instances: list[InstanceRecord], gateways: list[GatewayRecord], migrations: list[MigrationRecord], now_s: float
+    instances: list[InstanceRecord],
+    gateways: list[GatewayRecord],
+    migrations: list[MigrationRecord],
+    now_s: float,
+    scaling: ScalingSnapshot | None = None,
 ) -> Snapshot:
     by_name = sorted(instances, key=lambda record: (record.instance, record.epoch))
     return Snapshot(
@@ -184,6 +189,7 @@ def snapshot(
             for item in sorted(gateways, key=lambda item: item.gateway)
         ),
         migrations=tuple(sorted(migrations, key=lambda record: -record.number)),
+        scaling=scaling,
     )
 
 

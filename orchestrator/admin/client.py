@@ -11,6 +11,8 @@ import grpc
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2
+from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import ScalingServiceStub
 from orchestrator.errors import OrchestratorError, Unreachable
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -26,6 +28,7 @@ class AdminClient:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_http_proxy", 0)]
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub = pb_grpc.AdminServiceStub(self._channel)
+        self._scaling_stub = ScalingServiceStub(self._channel)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -88,6 +91,28 @@ class AdminClient:
         try:
             ask = pb.UndrainInstanceRequest(name=f"instances/{instance}")
             return self._stub.UndrainInstance(ask, timeout=CONNECT_S).instance
+        except grpc.RpcError as error:
+            raise self._meaning(error) from error
+
+    def scaling(self) -> scaling_pb2.Scaling:
+        try:
+            return self._scaling_stub.GetScaling(scaling_pb2.GetScalingRequest(), timeout=CONNECT_S).scaling
+        except grpc.RpcError as error:
+            raise self._meaning(error) from error
+
+    def scale(
+        self,
+        target: int | None = None,
+        fewest: int | None = None,
+        most: int | None = None,
+        is_automatic: bool | None = None,
+    ) -> scaling_pb2.Scaling:
+        """Change what is given; returns at once with what holds now."""
+        try:
+            ask = scaling_pb2.ScaleInstancesRequest(
+                target_instances=target, min_instances=fewest, max_instances=most, automatic=is_automatic
+            )
+            return self._scaling_stub.ScaleInstances(ask, timeout=CONNECT_S).scaling
         except grpc.RpcError as error:
             raise self._meaning(error) from error
 

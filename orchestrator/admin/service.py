@@ -15,6 +15,9 @@ from migration.types import InstanceId
 from orchestrator.admin import convert
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import add_ScalingServiceServicer_to_server
+from orchestrator.admin.scaling import SERVICE as SCALING_SERVICE
+from orchestrator.admin.scaling import ScalingService
 from orchestrator.effects import MigrationFinished, Refused, Result
 from orchestrator.errors import StartUpError
 from orchestrator.events import DrainRequested, Event, MigrateRequested, Token, UndrainRequested
@@ -161,14 +164,16 @@ class AdminServer:
             maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
         pb_grpc.add_AdminServiceServicer_to_server(AdminService(self._brain), server)
+        add_ScalingServiceServicer_to_server(ScalingService(self._brain), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (SERVICE, SCALING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         try:
             bound = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise StartUpError(f"the admin port {port} on {host} is taken: choose another with --admin-port") from error
         await server.start()
-        for service in ("", SERVICE):
+        for service in ("", SERVICE, SCALING_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._server = server
         return f"{host}:{bound}"

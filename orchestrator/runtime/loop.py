@@ -17,13 +17,16 @@ from instance.spec import MigrationSummary
 from migration.types import Outcome
 from orchestrator.core import Orchestrator
 from orchestrator.effects import (
+    AnnounceScaling,
     Answer,
     Effect,
     FenceInstance,
     Member,
     Result,
     SetDraining,
+    StartInstance,
     StartMigration,
+    StopInstance,
     UpdateMembers,
 )
 from orchestrator.errors import ActorGone, CallFailed, LimitExceeded
@@ -44,7 +47,8 @@ from orchestrator.events import (
 )
 from orchestrator.log import fields, logger
 from orchestrator.runtime.journal import Journal
-from orchestrator.runtime.ports import Fleet
+from orchestrator.runtime.keeper import InstanceKeeper, NoLauncher
+from orchestrator.runtime.ports import Fleet, Launcher
 from orchestrator.state import Snapshot
 
 _log = logger("orchestrator")
@@ -72,14 +76,21 @@ class LoopParams:
 class OrchestratorLoop:
     """One core, one fleet, one inbox. `run` until `stop`."""
 
-    def __init__(
-        self, core: Orchestrator, fleet: Fleet, mailbox: Mailbox, params: LoopParams, journal: Journal | None = None
+    def __init__(  # noqa: PLR0913, PLR0917 - one parameter a neighbour
+        self,
+        core: Orchestrator,
+        fleet: Fleet,
+        mailbox: Mailbox,
+        params: LoopParams,
+        journal: Journal | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self._core = core
         self._fleet = fleet
         self._mailbox = mailbox
         self._params = params
         self._journal = journal
+        self._keeper = InstanceKeeper(launcher or NoLauncher(), self.handle)
         self._tasks: asyncio.TaskGroup | None = None
         self._stopping = asyncio.Event()
         self._tokens = count(1)
@@ -196,6 +207,12 @@ class OrchestratorLoop:
             case FenceInstance():
                 for peer in effect.peers:
                     self._spawn(self._fence(effect, self._actor_name(peer)), f"fence-{effect.instance}-{peer}")
+            case StartInstance():
+                self._spawn(self._keeper.start(effect), f"start-{effect.instance}-{effect.epoch}")
+            case StopInstance():
+                self._spawn(self._keeper.stop(effect), f"stop-{effect.instance}-{effect.epoch}")
+            case AnnounceScaling():
+                self._keeper.announce(effect)
             case Answer(token=token, result=result):
                 caller = self._callers.get(token)
                 if caller is not None and not caller.done():
