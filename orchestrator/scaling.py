@@ -153,7 +153,7 @@ class Scaling:
                 return called_off
         if missing > num_starting:
             return self._starts.begin(missing - num_starting, records, why, self._signal_age_s, now_s)
-        if missing < num_starting:
+        if num_starting and missing < num_starting:
             return self._starts.abandon_one(f"wanted no more, {why}")
         if missing < 0:
             return self._retire(views, records, why, now_s)

@@ -76,7 +76,7 @@ class LoopParams:
 class OrchestratorLoop:
     """One core, one fleet, one inbox. `run` until `stop`."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - one parameter a neighbour
+    def __init__(
         self,
         core: Orchestrator,
         fleet: Fleet,
