@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from hypothesis import HealthCheck, given, settings
@@ -75,7 +76,7 @@ def test_for_a_constant_view_the_target_settles_within_the_limits_in_one_directi
         if decision.target != target:
             targets.append(decision.target)
         target, now_s = decision.target, now_s + 1.0
-    steps = {later - earlier for earlier, later in zip(targets, targets[1:], strict=False)}
+    steps = {later - earlier for earlier, later in itertools.pairwise(targets)}
     assert steps in ({1}, {-1}, set()), "it goes one way, one at a time"
     assert len(targets) <= 1 + limits.most - limits.fewest, "and comes to rest"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,7 @@ def test_scaling_out_starts_what_is_missing_under_free_names_and_new_epochs() ->
     assert isinstance(result, ScalingSet) and (result.scaling.target, result.scaling.num_present) == (4, 2)
     play.run(3)
     assert play.launches() == [("instance-2", 2), ("instance-3", 3)]
-    assert play.scaling.num_present == 4 and play.scaling.starting == ()
+    assert play.scaling.num_present == 4 and not play.scaling.starting
     (first, *_) = [effect for effect in play.effects if isinstance(effect, StartInstance)]
     assert first.reason == "4 instances are wanted: by hand" and first.signal_age_s == 0.0
 
@@ -79,7 +80,7 @@ def test_scaling_in_empties_the_cheapest_by_migration_and_stops_it_when_it_has_b
     play.run(3)
     assert play.stops() == [("instance-1", 1)]
     assert [one.request_id for one in play.there[named(0)]] == ["r1", "r2", "r3"], "nothing was lost"
-    assert play.scaling.retiring == () and list(play.there) == ["instance-0"]
+    assert not play.scaling.retiring and list(play.there) == ["instance-0"]
     told = [effect for effect in play.effects if isinstance(effect, AnnounceScaling) and effect.instance == named(1)]
     assert told[0].reason == "scale in, the cheapest to empty; 1 instances are wanted: by hand"
     assert told[0].signal_age_s >= 0
@@ -151,7 +152,7 @@ def test_one_that_says_nothing_is_not_the_one_that_is_left() -> None:
     play.run(3)
     scale(play, 1)
     play.run(10)
-    assert play.stops() == [] and play.scaling.retiring == ()
+    assert play.stops() == [] and not play.scaling.retiring
 
 
 def test_instances_are_given_up_one_after_the_other() -> None:
@@ -172,7 +173,7 @@ def test_a_start_that_fails_is_tried_again_later_and_later_and_in_the_end_hardly
     for _ in range(7200):
         if any(isinstance(effect, StartInstance) for effect in play.tick()):
             times.append(play.now_s)
-    pauses = [round(later - earlier) for earlier, later in zip(times, times[1:], strict=False)]
+    pauses = [round(later - earlier) for earlier, later in itertools.pairwise(times)]
     assert pauses == [10, 20, 40, 80, 160, 3600]
     assert len(set(play.launches())) == 7, "no epoch comes twice"
     assert {name for name, _ in play.launches()} == {"instance-1"}
@@ -232,7 +233,7 @@ def test_a_start_that_is_wanted_no_more_is_ended() -> None:
     play.tick()
     scale(play, 2)
     play.tick()
-    assert play.stops() == [("instance-2", 2)] and play.scaling.starting == ()
+    assert play.stops() == [("instance-2", 2)] and not play.scaling.starting
     play.run(10)
     assert len(play.launches()) == 1
 
@@ -284,7 +285,7 @@ def test_an_instance_that_dies_while_it_is_emptied_is_what_was_wanted() -> None:
     assert play.scaling.retiring == ("instance-1",)
     play.dies(named(1))
     play.run(60)
-    assert play.launches() == [] and play.scaling.num_start_failures == 0 and play.scaling.retiring == ()
+    assert play.launches() == [] and play.scaling.num_start_failures == 0 and not play.scaling.retiring
 
 
 def test_the_other_dies_while_one_is_emptied_and_that_one_is_put_back() -> None:
@@ -296,7 +297,7 @@ def test_the_other_dies_while_one_is_emptied_and_that_one_is_put_back() -> None:
     (leaving,) = play.scaling.retiring
     play.dies(named(0) if leaving == named(1) else named(1))
     play.run(1)
-    assert play.draining == set() and play.scaling.retiring == () and play.launches() == []
+    assert play.draining == set() and not play.scaling.retiring and play.launches() == []
 
 
 def test_an_undrain_by_an_operator_stands_and_the_target_follows() -> None:
