@@ -77,11 +77,16 @@ class Story:
             case "ends":
                 if play.there.get(instance):
                     play.there[instance].pop()
-            case "starts fail" | "starts hang" | "starts work":
-                play.start_error = {"starts fail": "no place", "starts hang": "", "starts work": None}[action]
             case _:
-                play.obeys_stop = {"stops hang": False, "stops work": True}.get(action, play.obeys_stop)
-                play.obeys_drain = {"drains fail": False, "drains work": True}.get(action, play.obeys_drain)
+                self.turn(action)
+
+    def turn(self, fault: str) -> None:
+        """A fault begins or ends."""
+        play = self.play
+        if fault.startswith("starts"):
+            play.start_error = {"starts fail": "no place", "starts hang": "", "starts work": None}[fault]
+        play.obeys_stop = {"stops hang": False, "stops work": True}.get(fault, play.obeys_stop)
+        play.obeys_drain = {"drains fail": False, "drains work": True}.get(fault, play.obeys_drain)
 
     def check(self) -> None:
         scaling = self.play.scaling

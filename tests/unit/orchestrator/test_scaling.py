@@ -74,13 +74,13 @@ def test_scaling_in_empties_the_cheapest_by_migration_and_stops_it_when_it_has_b
     scale(play, 1)
     effects = play.tick()
     assert [effect.instance for effect in effects if isinstance(effect, SetDraining)] == ["instance-1"]
-    assert play.scaling.retiring == ("instance-1",) and play.scaling.num_present == 1
+    assert play.scaling.retiring == (named(1),) and play.scaling.num_present == 1
     play.run(2)
     assert play.stops() == [], "empty, but not for long"
     play.run(3)
     assert play.stops() == [("instance-1", 1)]
     assert [one.request_id for one in play.there[named(0)]] == ["r1", "r2", "r3"], "nothing was lost"
-    assert not play.scaling.retiring and list(play.there) == ["instance-0"]
+    assert list(play.there) == ["instance-0"] and play.scaling.num_present == 1
     told = [effect for effect in play.effects if isinstance(effect, AnnounceScaling) and effect.instance == named(1)]
     assert told[0].reason == "scale in, the cheapest to empty; 1 instances are wanted: by hand"
     assert told[0].signal_age_s >= 0
