@@ -46,7 +46,7 @@ async def test_scaling_in_under_load_and_out_again_gives_no_error_and_changes_no
     """1. Streams run on both. 2. `kvferry scale 1`. 3. `kvferry scale 2`, while they still run. 4. New ones come."""
     alone = await texts(serving, "alone", NUM_TOKENS)
     reading = asyncio.create_task(texts(serving, "scaled", NUM_TOKENS))
-    owners = {}
+    owners: dict[str, str] = {}
     for number in range(NUM_STREAMS):
         owners |= await owners_of(serving, f"scaled-{number}")
     assert set(owners.values()) == {"instance-0", "instance-1"}, "both must have something to lose"
