@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from instance.messages import RequestLoad
@@ -153,8 +153,15 @@ def _spread(sizes: list[int], num_instances: int) -> tuple[InstanceView, ...]:
     )
 
 
+LOADS = st.one_of(
+    st.lists(st.integers(1, 60), max_size=120),
+    st.tuples(st.integers(1, 90), st.integers(0, 40)).map(lambda pair: [pair[0]] * pair[1]),
+)
+
+
 @UNTIMED
-@given(st.lists(st.integers(1, 60), max_size=120), st.integers(1, 12), LIMITS)
+@given(LOADS, st.integers(1, 12), LIMITS)
+@example([60] * 6, 1, Limits(1, 4))
 def test_in_a_closed_loop_with_a_steady_load_the_target_never_turns_back(
     sizes: list[int], num_instances: int, limits: Limits
 ) -> None:

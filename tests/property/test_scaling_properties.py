@@ -26,8 +26,8 @@ SCALING = ScalingParams(
 )
 NUMBER = st.integers(0, MOST - 1)
 ACTIONS = st.one_of(
-    st.tuples(st.just("tick"), st.integers(1, 25)),
-    st.tuples(st.just("scale"), st.integers(0, MOST + 1)),
+    *[st.tuples(st.just("tick"), st.integers(1, 25))] * 3,
+    *[st.tuples(st.just("scale"), st.integers(0, MOST + 1))] * 2,
     st.tuples(st.just("fewest"), st.integers(1, MOST)),
     st.tuples(st.just("most"), st.integers(1, MOST + 1)),
     st.tuples(st.just("automatic"), st.integers(0, 1)),
@@ -40,9 +40,13 @@ ACTIONS = st.one_of(
 class Story:
     """A cluster, and what is done to it."""
 
-    def __init__(self) -> None:
-        self.play = Cluster(CoreParams(is_rebalancing=False, scaling=SCALING), 2)
+    def __init__(self, laden: list[str]) -> None:
+        """`laden`: what is on each instance at first."""
+        self.play = Cluster(CoreParams(is_rebalancing=False, scaling=SCALING), len(laden))
         self.num = 0
+        for number, kind in enumerate(laden):
+            if kind:
+                self.act(kind, number)
 
     def act(self, action: str, number: int) -> None:
         play = self.play
@@ -99,13 +103,18 @@ class Story:
 
 
 @UNTIMED
-@given(st.lists(ACTIONS, max_size=40), st.integers(1, MOST))
+@given(
+    st.lists(st.sampled_from(["fixed", "fixed", "load", ""]), min_size=1, max_size=3),
+    st.integers(1, MOST).map(lambda first: [("scale", first), ("tick", 5)]),
+    st.lists(ACTIONS, max_size=40),
+    st.integers(1, MOST),
+)
 def test_bounds_hold_at_any_time_and_in_the_end_there_are_as_many_as_wanted(
-    actions: list[tuple[str, int]], wanted: int
+    laden: list[str], opening: list[tuple[str, int]], actions: list[tuple[str, int]], wanted: int
 ) -> None:
     """The cluster itself asserts that no instance is stopped while a request is on it."""
-    story = Story()
-    for action, number in actions:
+    story = Story(laden)
+    for action, number in (*opening, *actions):
         story.act(action, number)
         story.check()
     play = story.play
