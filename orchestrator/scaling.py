@@ -82,6 +82,7 @@ class Scaling:
             return [Answer(event.token, Refused(RefusalKind.PRECONDITION, refusal))]
         self._limits = Limits(fewest, most)
         self._is_automatic = _given(event.is_automatic, self._is_automatic)
+        self._mean_steps = self._mean_steps if self._is_automatic else None
         self._starts.forgive()
         self._trend = Trend(changed_s=now_s)
         self._set_target(self._limits.clamp(_given(event.target, target)), _BY_HAND, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
 
 from instance.spec import InstanceSpec
@@ -9,15 +11,29 @@ from instance.spec import InstanceStarted as Facts
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.events import InstanceStarted
-from orchestrator.runtime.ray_cluster import RayCluster, Resources, instance_actor_name
+from orchestrator.runtime.ray_cluster import Resources, instance_actor_name
 
 STOP_INSTANCE_S = 4.0
+
+
+class Actors(Protocol):
+    """What starting and stopping an instance needs of `RayCluster`."""
+
+    def make_instance(self, spec: InstanceSpec, resources: Resources) -> str: ...
+
+    async def process_id(self, actor_name: str, timeout_s: float) -> int: ...
+
+    async def start_instance(self, actor_name: str, spec: InstanceSpec, timeout_s: float) -> Facts: ...
+
+    async def stop_actor(self, actor_name: str, timeout_s: float) -> None: ...
+
+    def kill(self, actor_name: str) -> None: ...
 
 
 class RayLauncher:
     """The `Launcher` port on Ray: instances that differ from a template in name and epoch only."""
 
-    def __init__(self, cluster: RayCluster, template: InstanceSpec, resources: Resources, timeout_s: float) -> None:
+    def __init__(self, cluster: Actors, template: InstanceSpec, resources: Resources, timeout_s: float) -> None:
         """`timeout_s`: for a place on a node, and again for loading."""
         self._cluster = cluster
         self._template = template
@@ -41,7 +57,7 @@ class RayLauncher:
         await self._cluster.stop_actor(instance_actor_name(instance, epoch), STOP_INSTANCE_S)
 
 
-async def find_place(cluster: RayCluster, actor_name: str, resources: Resources, timeout_s: float) -> int:
+async def find_place(cluster: Actors, actor_name: str, resources: Resources, timeout_s: float) -> int:
     """The process of the actor, once Ray has found a node for it. Raises StartUpError with one line."""
     try:
         return await cluster.process_id(actor_name, timeout_s)
@@ -51,7 +67,7 @@ async def find_place(cluster: RayCluster, actor_name: str, resources: Resources,
         raise StartUpError(str(error)) from error
 
 
-async def load(cluster: RayCluster, actor_name: str, spec: InstanceSpec, timeout_s: float) -> Facts:
+async def load(cluster: Actors, actor_name: str, spec: InstanceSpec, timeout_s: float) -> Facts:
     """Returns when the instance serves. Raises StartUpError with one line."""
     try:
         return await cluster.start_instance(actor_name, spec, timeout_s)

@@ -172,7 +172,9 @@ class RayCluster:
         try:
             self._handles[name] = remote_class.options(**always, **options).remote()
         except ValueError as error:
-            raise StartUpError(f"an actor named {name} is there already: stop the kvferry that runs it") from error
+            if "already taken" in str(error):
+                raise StartUpError(f"an actor named {name} is there already: stop the kvferry that runs it") from error
+            raise StartUpError(f"Ray does not take the options of {name}: {one_line(error)}") from error
         return name
 
     async def start_instance(self, actor_name: str, spec: InstanceSpec, timeout_s: float) -> InstanceStarted:
@@ -216,6 +218,8 @@ class RayCluster:
 
     def instance_actors(self) -> list[str]:
         """The actors of instances that are there, whoever has made them; none when Ray does not answer."""
+        if not ray.is_initialized():
+            return []  # or asking would start one
         try:
             named = ray.util.list_named_actors()
         except (RayError, ConnectionError, RuntimeError):  # Ray itself is gone, or never came up
