@@ -247,7 +247,7 @@ def undrain(
 
 @app.command()
 def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
-    target: Annotated[int | None, typer.Argument(metavar="[N]", help="Instances there shall be.")] = None,
+    target: Annotated[int | None, typer.Argument(metavar="N", help="Instances there shall be.")] = None,
     fewest: Annotated[int | None, typer.Option("--min", help="No target is below.")] = None,
     most: Annotated[int | None, typer.Option("--max", help="No target is above.")] = None,
     automatic: Annotated[

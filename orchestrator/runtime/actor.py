@@ -52,7 +52,7 @@ class OrchestratorActor:
         self._journal = Journal(Path(spec.journal), spec.journal_max_bytes) if spec.journal else None
         cluster = RayCluster(is_ours=False)
         loop = OrchestratorLoop(
-            Orchestrator(_core_params(spec)),
+            Orchestrator(core_params(spec)),
             cluster,
             self._mailbox,
             LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
@@ -95,7 +95,7 @@ class OrchestratorActor:
             self._mailbox.close()
 
 
-def _core_params(spec: OrchestratorSpec) -> CoreParams:
+def core_params(spec: OrchestratorSpec) -> CoreParams:
     return CoreParams(
         rebalance=RebalanceParams(
             threshold_steps=spec.threshold_steps, margin_steps=spec.margin_steps, rest_s=spec.rest_s

@@ -33,7 +33,7 @@ def serve(*arguments: str) -> Done:
 def test_help_is_quick_and_lists_the_commands() -> None:
     done = kvferry("--help", timeout_s=30)
     assert done.status == 0
-    assert all(name in done.out for name in ("serve", "status", "migrate", "drain", "undrain", "demo"))
+    assert all(name in done.out for name in ("serve", "status", "migrate", "drain", "undrain", "scale", "demo"))
 
 
 def test_help_imports_nothing_heavy() -> None:

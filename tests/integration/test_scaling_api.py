@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from rich.console import Console
 
 from instance.mailbox import Mailbox
 from migration.types import Epoch, Incarnation, InstanceId
@@ -20,6 +22,7 @@ from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2_grpc as pb_grpc
 from orchestrator.admin.service import AdminServer
+from orchestrator.cli_status import as_values, picture
 from orchestrator.core import Orchestrator
 from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
 from orchestrator.runtime.journal import Journal
@@ -178,3 +181,24 @@ async def test_limits_and_mode_are_set_together_or_not_at_all() -> None:
             shown = await asyncio.to_thread(client.scale, None, 2, 3, True)
             assert (shown.min_instances, shown.max_instances, shown.automatic) == (2, 3, True)
             assert cli_scaling.line(shown).startswith("instances: 2 there, 2 wanted (automatic, 2 to 3)")
+
+
+async def test_the_command_line_follows_until_it_is_done_or_the_deadline_comes_and_status_shows_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with world_of(SCALING) as world:
+        world.cluster.launch_hangs = True
+
+        def use() -> None:
+            with AdminClient(world.address) as client:
+                assert not cli_scaling.follow(client, client.scale(3), deadline_s=0.1)
+                assert cli_scaling.follow(client, client.scale(2), deadline_s=PATIENCE_S)
+                (shown,) = as_values(client)["scaling"]
+                assert isinstance(shown, dict) and shown["target_instances"] == 2
+                console = Console(record=True, width=200, file=io.StringIO())
+                console.print(picture(client))
+                assert "instances: 2 there, 2 wanted (by hand, 1 to 4)" in console.export_text()
+
+        await asyncio.to_thread(use)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("instances: 2 there, 3 wanted") and said[-1].startswith("instances: 2 there, 2 wanted")

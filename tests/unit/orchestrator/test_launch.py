@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from instance.spec import EngineKind, InstanceSpec
 from instance.spec import InstanceStarted as Facts
 from migration.types import Epoch, InstanceId
+from orchestrator.config import Engine, ServeConfig
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
+from orchestrator.runtime.actor import core_params
+from orchestrator.runtime.compose import instance_resources, instance_specs, scaling_spec
 from orchestrator.runtime.launch import RayLauncher
 from orchestrator.runtime.ray_cluster import RayCluster, Resources, instance_actor_name, instance_of
+from orchestrator.runtime.spec import OrchestratorSpec
+from orchestrator.state import ScalingParams
 
 NEW, EPOCH, ACTOR = InstanceId("instance-2"), Epoch(7), "kvferry-instance-2-7"
 TEMPLATE = InstanceSpec("", 0, EngineKind.FAKE, ("fake",), token="secret")
@@ -109,3 +115,33 @@ async def test_an_actor_that_has_the_name_already_is_not_hurt() -> None:
 def test_the_instance_is_known_by_its_actor_and_without_ray_there_are_none() -> None:
     assert instance_of(ACTOR) == NEW
     assert RayCluster(is_ours=False).instance_actors() == [], "asking starts no Ray"
+
+
+def test_what_serve_was_told_reaches_the_orchestrator() -> None:
+    """As it crosses Ray: flags, the spec as JSON, the bounds of the core."""
+    config = ServeConfig(
+        model="fake",
+        engine=Engine.FAKE,
+        instances=2,
+        autoscale=True,
+        autoscale_max=5,
+        autoscale_low_steps=100.0,
+        autoscale_high_steps=400.0,
+        start_timeout_s=50.0,
+        retire_timeout_s=70.0,
+        instance_labels="zone=a",
+    )
+    template = instance_specs(config, "secret")[0]
+    assert template.num_sharing == 5, "the memory is shared out for all there may be"
+    resources = instance_resources(config, num_gpus=0)
+    sent = OrchestratorSpec("127.0.0.1", 0, token="secret", scaling=scaling_spec(config, template, resources))
+    come = msgspec.json.decode(msgspec.json.encode(sent), type=OrchestratorSpec)
+    assert come == sent
+    params = core_params(come).scaling
+    assert (params.can_start, params.is_automatic, params.fewest, params.most, params.capacity) == (True, True, 1, 5, 5)
+    assert params.first_epoch == template.epoch + 1, "above that of any instance there ever was"
+    assert params.start_timeout_s > 2 * config.start_timeout_s, "the launcher must have answered by then"
+    assert params.retire_timeout_s == 70.0
+    autoscale = params.autoscale
+    assert (autoscale.low_steps, autoscale.high_steps, autoscale.cap_steps) == (100.0, 400.0, 800.0)
+    assert core_params(msgspec.structs.replace(come, scaling=None)).scaling == ScalingParams()
