@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 from typer.models import OptionInfo
 
-from orchestrator import config
+from orchestrator import cli_scale, config
 from orchestrator.errors import ConfigError, OrchestratorError
 
 BAD_INPUT = 2
@@ -246,33 +246,6 @@ def undrain(
 
 
 @app.command()
-def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
-    target: Annotated[int | None, typer.Argument(metavar="N", help="Instances there shall be.")] = None,
-    fewest: Annotated[int | None, typer.Option("--min", help="No target is below.")] = None,
-    most: Annotated[int | None, typer.Option("--max", help="No target is above.")] = None,
-    automatic: Annotated[
-        bool | None, typer.Option("--auto/--no-auto", help="Let the target follow the load.", show_default=False)
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when N are there.")] = True,
-    deadline: Annotated[
-        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Wait no longer than this.")
-    ] = None,
-    admin: Admin = None,
-) -> None:
-    """Say how many instances there shall be. Those too many are emptied by migration, then stopped."""
-    from orchestrator import cli_scaling as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
-    from orchestrator.admin.errors import Declined  # noqa: PLC0415
-
-    with AdminClient(config.admin_address(admin)) as client:
-        scaling = client.scale(target, fewest, most, automatic)
-        if target is None or not wait:
-            print(shown.line(scaling))
-        elif not shown.follow(client, scaling, deadline):
-            raise Declined("not done within the deadline; what was begun goes on")
-
-
-@app.command()
 def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
     duration: Annotated[float, typer.Option(metavar="SECONDS", help="How long requests are sent.")] = 60.0,
     trace: Annotated[
@@ -299,6 +272,9 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
         carrier_checksum=carrier_checksum,
     )
     raise typer.Exit(run(options))
+
+
+app.command()(cli_scale.scale)
 
 
 def main() -> None:

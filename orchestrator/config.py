@@ -6,7 +6,6 @@ The only module that reads the environment and configuration files.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from instance.spec import Carrier
+from orchestrator import config_scaling
 from orchestrator.errors import ConfigError
 
 PREFIX = "KVFERRY_"
@@ -40,7 +40,6 @@ class Placement(Enum):
     """On as many nodes as there are."""
 
 
-MOST_INSTANCES = 64
 AS_MANY = 0
 """Of --autoscale-max: as many as --instances."""
 AS_SUITS = -1.0
@@ -117,67 +116,14 @@ class ServeConfig:
             self.copy_mb_per_s >= 0 or self.copy_mb_per_s == AS_SUITS,
             f"--copy-mb-per-s is {self.copy_mb_per_s:g}, it must be a rate, or 0 for no limit",
         )
-        self._check_scaling()
+        config_scaling.check(self)
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
-
-    def _check_scaling(self) -> None:
-        least, most = self.autoscale_min, self.most_instances
-        _require(1 <= least <= MOST_INSTANCES, f"--autoscale-min is {least}, it must be from 1 to {MOST_INSTANCES}")
-        _require(
-            0 <= self.autoscale_max <= MOST_INSTANCES,
-            f"--autoscale-max is {self.autoscale_max}, it must be from 1 to {MOST_INSTANCES}, or 0 for --instances",
-        )
-        _require(
-            least <= self.instances <= most,
-            f"--instances is {self.instances}, outside --autoscale-min {least} and --autoscale-max {most}",
-        )
-        low, high = self.autoscale_low_steps, self.autoscale_high_steps
-        _require(
-            0 < low < high,
-            f"--autoscale-low-steps is {low:g} and --autoscale-high-steps {high:g}: 0 < low < high must hold",
-        )
-        for name in ("autoscale_period_s", "autoscale_cooldown_s", "retire_timeout_s"):
-            _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} is {getattr(self, name):g}, not above 0")
-        for name, amount in self.custom_resources:
-            _require(
-                _is_amount(amount), f"--instance-resources: {name}={amount} is not of the form NAME=AMOUNT, above 0"
-            )
-        _ = self.labels  # read here, so that a mistake is told before anything starts
 
     @property
     def most_instances(self) -> int:
         """There will never be more of them."""
         return self.instances if self.autoscale_max == AS_MANY else self.autoscale_max
-
-    @property
-    def custom_resources(self) -> tuple[tuple[str, str], ...]:
-        """(name, amount) of what each instance holds of Ray's custom resources."""
-        return _pairs(self.instance_resources, "--instance-resources")
-
-    @property
-    def labels(self) -> tuple[tuple[str, str], ...]:
-        """(name, value) of what an instance's node must have."""
-        return _pairs(self.instance_labels, "--instance-labels")
-
-
-def _pairs(text: str, flag: str) -> tuple[tuple[str, str], ...]:
-    """What NAME=VALUE,NAME=VALUE names. Raises ConfigError."""
-    pairs: list[tuple[str, str]] = []
-    for item in filter(None, (item.strip() for item in text.split(","))):
-        name, equals, value = item.partition("=")
-        _require(bool(name and equals and value), f"{flag}: {item!r} is not of the form NAME=VALUE")
-        pairs.append((name.strip(), value.strip()))
-    names = [name for name, _ in pairs]
-    _require(len(names) == len(set(names)), f"{flag} names something twice: {text}")
-    return tuple(pairs)
-
-
-def _is_amount(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def serve_config(

@@ -204,7 +204,7 @@ class Orchestrator:
     # ------------------------------------------------------------------ drain
     def _on_drain_requested(self, event: DrainRequested) -> list[Effect]:
         record = self._instances.get(event.instance)
-        refusal = self._why_not_drain(event, record)
+        refusal = view.why_not_drain(event, self._instances, len(self._drain_waiters), self._params)
         if refusal is not None or record is None:
             return [Answer(event.token, refusal or view.no_such_instance(event.instance, self._instances))]
         effects = self._begin_drain(record, "asked for") if record.state is not State.DRAINING else []
@@ -230,21 +230,6 @@ class Orchestrator:
             self._update_members(f"{record.instance} serves again"),
             *self._answer_drain_waiters(record.instance, overtaken),
         ]
-
-    def _why_not_drain(self, event: DrainRequested, record: InstanceRecord | None) -> Refused | None:
-        if record is None:
-            return view.no_such_instance(event.instance, self._instances)
-        if record.state is State.DRAINING:
-            if not event.wait:
-                return Refused(RefusalKind.PRECONDITION, f"{event.instance} is draining already")
-        elif not any(other.state is State.SERVING for other in self._instances.values() if other is not record):
-            return Refused(
-                RefusalKind.PRECONDITION,
-                f"{event.instance} is the last instance that serves; nothing could go anywhere",
-            )
-        if event.wait and len(self._drain_waiters) >= self._params.max_waiters:
-            return Refused(RefusalKind.EXHAUSTED, f"{self._params.max_waiters} callers are waiting already")
-        return None
 
     def _on_undrain_requested(self, event: UndrainRequested, now_s: float) -> list[Effect]:
         record = self._instances.get(event.instance)

@@ -11,7 +11,7 @@ from instance.messages import LoadReport, RequestLoad
 from migration.types import Incarnation, InstanceId, RequestId
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
-from orchestrator.events import MigrateRequested, MigrationEnded
+from orchestrator.events import DrainRequested, MigrateRequested, MigrationEnded
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.state import (
     CoreParams,
@@ -156,6 +156,23 @@ def _why_not_move(
         return no(RefusalKind.EXHAUSTED, f"{source.instance} sends {params.max_migrations_out} requests already")
     if sum(move.destination == destination.incarnation for move in in_flight) >= params.max_migrations_in:
         return no(RefusalKind.EXHAUSTED, f"{destination.instance} receives {params.max_migrations_in} requests already")
+    return None
+
+
+def why_not_drain(
+    event: DrainRequested, instances: Mapping[InstanceId, InstanceRecord], num_waiters: int, params: CoreParams
+) -> Refused | None:
+    record = instances.get(event.instance)
+    if record is None:
+        return no_such_instance(event.instance, instances)
+    if record.state is State.DRAINING:
+        if not event.wait:
+            return Refused(RefusalKind.PRECONDITION, f"{event.instance} is draining already")
+    elif not any(other.state is State.SERVING for other in instances.values() if other is not record):
+        last = f"{event.instance} is the last instance that serves; nothing could go anywhere"
+        return Refused(RefusalKind.PRECONDITION, last)
+    if event.wait and num_waiters >= params.max_waiters:
+        return Refused(RefusalKind.EXHAUSTED, f"{params.max_waiters} callers are waiting already")
     return None
 
 

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TypeVar
 
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
+from orchestrator import config_scaling
 from orchestrator.config import AS_SUITS, Engine, Placement, ServeConfig
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway.spec import GatewayConfig
@@ -106,8 +107,8 @@ def scaling_spec(config: ServeConfig, template: InstanceSpec, resources: Resourc
 
 def instance_resources(config: ServeConfig, num_gpus: float) -> Resources:
     """What each instance holds, and where it may be."""
-    amounts = tuple((name, float(amount)) for name, amount in config.custom_resources)
-    return Resources(num_gpus, amounts, config.labels, is_spread=config.placement is Placement.SPREAD)
+    is_spread = config.placement is Placement.SPREAD
+    return Resources(num_gpus, config_scaling.resources(config), config_scaling.labels(config), is_spread)
 
 
 def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:

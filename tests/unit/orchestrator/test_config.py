@@ -60,6 +60,7 @@ def test_values_are_read_as_the_fields_type() -> None:
         ({"placement": "anywhere"}, "--placement is 'anywhere', it must be one of pack, spread"),
         ({"instance_resources": "tpu"}, "--instance-resources: 'tpu' is not of the form NAME=VALUE"),
         ({"instance_resources": "tpu=many"}, "tpu=many is not of the form NAME=AMOUNT"),
+        ({"instance_resources": "tpu=1.5"}, "tpu=1.5 is not of the form NAME=AMOUNT"),
         ({"instance_labels": "zone=a,zone=b"}, "--instance-labels names something twice"),
     ],
 )
@@ -73,9 +74,8 @@ def test_what_instances_hold_and_where_they_may_be_is_read_as_pairs() -> None:
     environment |= {"KVFERRY_PLACEMENT": "spread", "KVFERRY_AUTOSCALE": "yes", "KVFERRY_AUTOSCALE_MAX": "5"}
     settings = serve_config({"model": "m"}, environment, None, ())
     assert settings.autoscale and (settings.instances, settings.most_instances) == (2, 5)
-    assert settings.labels == (("zone", "a"), ("kind", "big"))
     held = instance_resources(settings, num_gpus=0)
-    assert held == Resources(0, (("tpu", 2.0), ("disk", 0.5)), settings.labels, is_spread=True)
+    assert held == Resources(0, (("tpu", 2.0), ("disk", 0.5)), (("zone", "a"), ("kind", "big")), is_spread=True)
     assert held.options() == {
         "resources": {"kvferry_instance": 1.0, "tpu": 2.0, "disk": 0.5},
         "label_selector": {"zone": "a", "kind": "big"},
