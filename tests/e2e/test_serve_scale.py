@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(400)
 
 READY_S = 240.0
 NUM_STREAMS = 6
-NUM_TOKENS = 1200
+NUM_TOKENS = 1000
 FLAGS = (
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32"),
     *("--num-gpu-blocks-override", "256", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "16"),
@@ -43,7 +43,7 @@ async def texts(serving: Serving, name: str, num_tokens: int) -> list[str]:
 
 
 async def test_scaling_in_under_load_and_out_again_gives_no_error_and_changes_no_answer(serving: Serving) -> None:
-    """1. Streams run on both. 2. `kvferry scale 1`. 3. `kvferry scale 2`, while they still run. 4. New ones come."""
+    """1. Streams run on both. 2. `kvferry scale 1`. 3. New ones come, and `kvferry scale 2` while they run."""
     alone = await texts(serving, "alone", NUM_TOKENS)
     reading = asyncio.create_task(texts(serving, "scaled", NUM_TOKENS))
     owners: dict[str, str] = {}
@@ -52,13 +52,16 @@ async def test_scaling_in_under_load_and_out_again_gives_no_error_and_changes_no
     assert set(owners.values()) == {"instance-0", "instance-1"}, "both must have something to lose"
     done = await asyncio.to_thread(serving.command, "scale", "1", "--deadline", "60")
     assert done.status == 0 and "emptying" in done.out, done
-    assert not reading.done(), "the streams must outlive the scaling, or nothing was tested"
     moves = (await asyncio.to_thread(serving.status))["migrations"]
-    assert any(move["outcome"] == "MIGRATION_OUTCOME_COMMITTED" for move in moves), "something had to move"
+    num_moved = sum(move["outcome"] == "MIGRATION_OUTCOME_COMMITTED" for move in moves)
+    assert num_moved, "something had to move, or nothing was tested"
+    assert await reading == alone, "no stream noticed anything"
+
+    reading = asyncio.create_task(texts(serving, "while-starting", NUM_TOKENS))
     done = await asyncio.to_thread(serving.command, "scale", "2", "--deadline", "200", timeout_s=210.0)
     assert done.status == 0, done
-    assert await reading == alone, "no stream noticed anything"
     listed = (await asyncio.to_thread(serving.status))["instances"]
     there = [(item["name"], item["epoch"]) for item in listed if item["state"] == "INSTANCE_STATE_SERVING"]
     assert sorted(epoch for _, epoch in there) == [1, 2] and len({name for name, _ in there}) == 2
+    assert await reading == alone
     assert await texts(serving, "again", NUM_TOKENS) == alone, "the new one answers as the old one did"
