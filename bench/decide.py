@@ -147,17 +147,7 @@ def main() -> int:
     options = parser.parse_args()
     num_choices, num_ticks = (QUICK_CHOICES, QUICK_TICKS) if options.quick else (CHOICES, TICKS)
     table = Table(title="Milliseconds of a decision", title_justify="left")
-    for column in (
-        "instances",
-        "requests",
-        "dispatch p50",
-        "p99",
-        "report p99",
-        "book MiB",
-        "tick p50",
-        "worst",
-        "moves",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     arms: dict[str, dict[str, Value]] = {}
     spread: dict[str, dict[str, float | int | None]] = {}

@@ -47,6 +47,10 @@ class InstanceActor:
         """False: no migration of this request leaves here."""
         return self._service.cancel_migration(request_id, reason)
 
+    async def set_priority(self, request_id: str, priority: int) -> bytes:
+        """Returns PriorityAnswer."""
+        return msgspec.json.encode(await self._service.set_priority(request_id, priority))
+
     async def drain(self) -> None:
         self._service.drain()
 

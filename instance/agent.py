@@ -19,6 +19,7 @@ from instance.messages import (
     Frame,
     LoadReport,
     MigrationEnvelope,
+    PriorityChanged,
     RequestLoad,
     RequestReport,
     Submit,
@@ -29,7 +30,14 @@ from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
 from instance.report import Standing, Subscribers, load_report, smooth_step_time
 from instance.spec import InstanceSpec, MigrationSummary
 from instance.stream import StreamTable, Tombstones
-from instance.types import EngineFacts, EngineRefusal, RequestView, Submission
+from instance.types import (
+    EngineFacts,
+    EngineRefusal,
+    PriorityAnswer,
+    PriorityOutcome,
+    RequestView,
+    Submission,
+)
 from migration import wire
 from migration.driver import IncomingReport, IncomingTable
 from migration.errors import MalformedMessage
@@ -122,6 +130,17 @@ class Agent:
     def cancel_migration(self, request_id: str, reason: str) -> bool:
         """False: no migration of this request leaves here. See `Outgoing.cancel`."""
         return self._outgoing.cancel(RequestId(request_id), reason)
+
+    async def set_priority(self, request_id: str, priority: int) -> PriorityAnswer:
+        """Between two steps; its gateway hears of it. Raises EngineFailed when the engine has ended."""
+
+        def tell(answer: PriorityAnswer) -> None:
+            gateway = self._streams.gateway(RequestId(request_id))
+            if answer.outcome is PriorityOutcome.SET and gateway is not None:
+                changed = PriorityChanged(request_id, self._own.instance, self._own.epoch, priority)
+                self._mailbox.send(gateway, changed)
+
+        return await self._loop.call(lambda engine: engine.set_priority(RequestId(request_id), priority), then=tell)
 
     def drain(self) -> None:
         """Take no new request and no migration in; what runs goes on until it is moved or done."""

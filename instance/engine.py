@@ -12,6 +12,7 @@ from instance.types import (
     EngineFacts,
     EngineLoad,
     EngineRefusal,
+    PriorityAnswer,
     RequestView,
     StepResult,
     Submission,
@@ -44,6 +45,10 @@ class Engine(Protocol):
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         """End these requests without output; stopped ones too. Unknown ids are ignored."""
+
+    def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
+        """From the next step on it is as urgent as this (lower is more urgent): where it waits, its place in the queue
+        is by it; where it runs, who gives blocks up first. Its tokens do not change. A move takes it along."""
 
     def has_work(self) -> bool: ...
 

@@ -21,6 +21,7 @@ from instance.types import (
     EngineLoad,
     EngineOutput,
     EngineRefusal,
+    PriorityAnswer,
     RequestStatus,
     RequestView,
     StepResult,
@@ -122,6 +123,9 @@ class FakeEngine:
         while len(self._aborted) > MAX_REMEMBERED_ENDS:
             self._aborted.popitem(last=False)
 
+    def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
+        return self._scheduler.set_priority(request_id, priority)
+
     def has_work(self) -> bool:
         scheduler = self._scheduler
         return bool(scheduler.running or scheduler.holding or scheduler.waiting or self._stepped)
@@ -160,20 +164,7 @@ class FakeEngine:
         )
 
     def requests(self) -> tuple[RequestView, ...]:
-        return tuple(
-            RequestView(
-                request_id=sequence.request_id,
-                external_id=sequence.external_id,
-                status=sequence.status,
-                priority=sequence.priority,
-                num_prompt_tokens=len(sequence.request.prompt),
-                num_output_tokens=sequence.num_visible - len(sequence.request.prompt),
-                max_tokens=sequence.request.max_tokens,
-                num_blocks=len(sequence.blocks),
-                movable=sequence.request.movable and sequence.status is not RequestStatus.MIGRATING_OUT,
-            )
-            for sequence in self._scheduler.sequences.values()
-        )
+        return self._scheduler.views()
 
     def reset_prefix_cache(self) -> bool:
         self._pool.reset_cache()
@@ -223,7 +214,9 @@ class FakeEngine:
         computed = 0 if without_kv else sequence.computed
         output = tuple(sequence.tokens[len(sequence.request.prompt) :])
         return StoppedRequest(
-            state=msgspec.msgpack.encode(FakeState(output, computed, sequence.generator, sequence.num_preemptions)),
+            state=msgspec.msgpack.encode(
+                FakeState(output, computed, sequence.generator, sequence.num_preemptions, sequence.priority)
+            ),
             settled_tokens=computed,
             num_output_tokens=len(output),
             num_preemptions=sequence.num_preemptions,
@@ -290,7 +283,7 @@ class FakeEngine:
         if small is None or self._is_inconsistent(reservation, small):
             self._pool.release(reservation.blocks)
             return Refusal("the state cannot be read, or does not fit the reservation")
-        move = FakeMove(reservation.move.request, reservation.move.external_id, reservation.move.priority, small.output)
+        move = FakeMove(reservation.move.request, reservation.move.external_id, small.priority, small.output)
         blocks = reservation.blocks
         if small.computed_tokens == 0:
             self._pool.release(blocks)

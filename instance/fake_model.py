@@ -54,6 +54,7 @@ class FakeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     computed_tokens: int
     generator: int
     num_preemptions: int
+    priority: int = 0
 
 
 Payload = TypeVar("Payload", FakeRequest, FakeMove, FakeState)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from instance.fake_blocks import BlockPool, block_hashes, num_blocks_for
 from instance.fake_model import FakeRequest, digest, finish_of, kv_words, next_generator, sample, weights
-from instance.types import EngineOutput, RequestStatus
+from instance.types import EngineOutput, PriorityAnswer, PriorityOutcome, RequestStatus, RequestView
 from migration.types import RequestId
 
 
@@ -105,6 +105,32 @@ class FakeScheduler:
         for group in (self.running, self.holding, self.waiting):
             if sequence in group:
                 group.remove(sequence)
+
+    def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
+        """The queues are put in order by rank when they are asked, so that is all."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None or sequence.finish is not None:
+            return PriorityAnswer(PriorityOutcome.NOT_HERE, reason="no such request is here")
+        if sequence.status is RequestStatus.MIGRATING_OUT:
+            return PriorityAnswer(PriorityOutcome.ON_THE_MOVE, reason="it is stopped, on its way to another instance")
+        previous, sequence.priority = sequence.priority, priority
+        return PriorityAnswer(PriorityOutcome.SET, previous, sequence.status)
+
+    def views(self) -> tuple[RequestView, ...]:
+        return tuple(
+            RequestView(
+                request_id=sequence.request_id,
+                external_id=sequence.external_id,
+                status=sequence.status,
+                priority=sequence.priority,
+                num_prompt_tokens=len(sequence.request.prompt),
+                num_output_tokens=sequence.num_visible - len(sequence.request.prompt),
+                max_tokens=sequence.request.max_tokens,
+                num_blocks=len(sequence.blocks),
+                movable=sequence.request.movable and sequence.status is not RequestStatus.MIGRATING_OUT,
+            )
+            for sequence in self.sequences.values()
+        )
 
     def put_back(self, sequence: Sequence) -> None:
         """Into the queue where it belongs."""

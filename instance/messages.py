@@ -154,6 +154,15 @@ class OwnerChanged(msgspec.Struct, frozen=True, tag=True):
     offset: int
 
 
+class PriorityChanged(msgspec.Struct, frozen=True, tag=True):
+    """Instance -> gateway: this request's priority is another now; what is dispatched anew for it takes it along."""
+
+    request_id: str
+    instance: str
+    epoch: int
+    priority: int
+
+
 class MigrationEnvelope(msgspec.Struct, frozen=True, tag=True):
     """Instance -> instance: one message of the migration protocol."""
 
@@ -166,5 +175,14 @@ class MigrationEnvelope(msgspec.Struct, frozen=True, tag=True):
 
 
 FleetMessage = (
-    Submit | SubmitAnswer | Abort | Subscribe | LoadReport | Frame | RequestReport | OwnerChanged | MigrationEnvelope
+    Submit
+    | SubmitAnswer
+    | Abort
+    | Subscribe
+    | LoadReport
+    | Frame
+    | RequestReport
+    | OwnerChanged
+    | PriorityChanged
+    | MigrationEnvelope
 )

@@ -17,7 +17,7 @@ from instance.loop import EngineLoop, StepDone
 from instance.mailbox import Mailbox
 from instance.migrations import params_for
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
-from instance.types import EngineFacts
+from instance.types import EngineFacts, PriorityAnswer
 from migration.types import Incarnation
 
 _LOG = logging.getLogger(__name__)
@@ -101,6 +101,10 @@ class InstanceService:
     def cancel_migration(self, request_id: str, reason: str) -> bool:
         """Give up a migration that leaves here, unless its commit was sent; False when there is none."""
         return self.agent.cancel_migration(request_id, reason)
+
+    async def set_priority(self, request_id: str, priority: int) -> PriorityAnswer:
+        """See `Engine.set_priority`. Raises EngineFailed when the engine has ended."""
+        return await self.agent.set_priority(request_id, priority)
 
     def drain(self) -> None:
         self.agent.drain()

@@ -49,8 +49,9 @@ class StreamTable:
         return None if stream is None else stream.next_offset
 
     def age_s(self, request_id: RequestId, now_s: float) -> float:
+        """Between whole milliseconds, so that all grow by the same from report to report: a journal says it once."""
         stream = self._streams.get(request_id)
-        return 0.0 if stream is None else now_s - stream.opened_s
+        return 0.0 if stream is None else (round(now_s * 1000) - round(stream.opened_s * 1000)) / 1000
 
     def entries(self, outputs: Iterable[EngineOutput]) -> dict[str, tuple[OutputEntry, ...]]:
         """One step's outputs by gateway, in the order of the outputs. A finish closes its stream; an output without a

@@ -104,6 +104,28 @@ class RequestView:
     movable: bool
 
 
+class PriorityOutcome(Enum):
+    """What became of a change of priority at one instance."""
+
+    SET = "set"
+    NOT_HERE = "not_here"
+    """It has ended, has moved away, or was never here."""
+    ON_THE_MOVE = "on_the_move"
+    """It is stopped for a migration: what was exported can no longer be changed. Its owner can be asked afterwards."""
+    UNSUPPORTED = "unsupported"
+    """This engine does not schedule by priority."""
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityAnswer:
+    outcome: PriorityOutcome
+    previous: int = 0
+    status: RequestStatus | None = None
+    """Where the request stood when its priority was set."""
+    reason: str = ""
+    """Why it was not."""
+
+
 @dataclass(frozen=True, slots=True)
 class CommittedRequest:
     """A request that has just been taken over, with what the agent must know to go on with its stream."""

@@ -1,4 +1,4 @@
-"""The command line: `kvferry serve | status | migrate | drain | undrain | scale | demo`. Heavy imports are inside."""
+"""The command line: `kvferry serve | status | migrate | drain | ...`. Heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import typer
 from typer.exceptions import Abort, TyperException
 from typer.models import OptionInfo
 
-from orchestrator import cli_scale, config
+from orchestrator import cli_admin, cli_scale, config
+from orchestrator.cli_client import Admin, before_the_command, connect
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.policy.levels import DEFAULT_LEVELS
 
 BAD_INPUT = 2
 NOT_DONE = 1
@@ -20,23 +22,19 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="kvferry",
-    help="Live migration of running LLM requests between vLLM instances, behind one OpenAI endpoint.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(before_the_command)
 
-Admin = Annotated[
-    str | None,
-    typer.Option(
-        "--admin", metavar="HOST:PORT", help="Address of the admin API. Default: 127.0.0.1:50051. (KVFERRY_ADMIN)"
-    ),
-]
 _MINE = "Cluster"
+_ACCESS = "Who may use the admin API"
 _CARRIAGE = "Moving KV blocks"
 _TUNING = "Rebalancing"
 _SCALING = "Number of instances"
 _PLACES = "Where instances run, on a Ray of several nodes"
+_PRIORITIES = "Priorities"
 
 
 def _option(text: str, variable: str, default: object, panel: str = _MINE, hidden: bool = False) -> OptionInfo:
@@ -49,6 +47,8 @@ def _option(text: str, variable: str, default: object, panel: str = _MINE, hidde
 _CARRIER = "What moves KV blocks: shm, tcp, or nccl (GPUs only; never run on one yet)."
 _COPIES = "Budget of copies from an instance while requests decode on, and again to it, in MB/s; 0: no limit."
 _COPIES_SUIT = "12.5 without a GPU, no limit with one"
+_LEVELS = "NAME:RANK[:BLOCKS],...: vLLM's rank (lower is urgent), and blocks kept free beside one that runs."
+_KEYS = "YAML file of API keys and the level of each, the most urgent it may have."
 _CHECKSUM = "Sum every chunk of blocks, and refuse one that came otherwise. Not with nccl."
 
 
@@ -63,7 +63,22 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     gateways: Annotated[int | None, _option("OpenAI servers, on one port.", "GATEWAYS", 1)] = None,
     host: Annotated[str | None, _option("Address of the OpenAI endpoint.", "HOST", "127.0.0.1")] = None,
     port: Annotated[int | None, _option("Port of the OpenAI endpoint.", "PORT", 8000)] = None,
-    admin_port: Annotated[int | None, _option("Port of the admin API, on 127.0.0.1.", "ADMIN_PORT", 50051)] = None,
+    admin_port: Annotated[int | None, _option("Port of the admin API.", "ADMIN_PORT", 50051)] = None,
+    admin_host: Annotated[
+        str | None,
+        _option("Address of the admin API; elsewhere than here only with a token.", "ADMIN_HOST", "127.0.0.1"),
+    ] = None,
+    admin_token_file: Annotated[
+        str | None, _option("File with the token that calls must carry.", "ADMIN_TOKEN_FILE", "none", _ACCESS)
+    ] = None,
+    admin_tls_cert: Annotated[
+        str | None, _option("Certificate of the admin API, in PEM: TLS.", "ADMIN_TLS_CERT", "none", _ACCESS)
+    ] = None,
+    admin_tls_key: Annotated[str | None, _option("Its key.", "ADMIN_TLS_KEY", "none", _ACCESS)] = None,
+    admin_client_ca: Annotated[
+        str | None,
+        _option("Clients must show a certificate that these have signed.", "ADMIN_CLIENT_CA", "none", _ACCESS),
+    ] = None,
     ray_address: Annotated[str | None, _option("A running Ray to join.", "RAY_ADDRESS", "own")] = None,
     carrier: Annotated[str | None, _option(_CARRIER, "CARRIER", "shm", _CARRIAGE)] = None,
     carrier_checksum: Annotated[
@@ -76,6 +91,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         ),
     ] = None,
     copy_mb_per_s: Annotated[float | None, _option(_COPIES, "COPY_MB_PER_S", _COPIES_SUIT, _CARRIAGE)] = None,
+    dispatch: Annotated[
+        str | None, _option("New requests go by freeness, or round-robin to compare.", "DISPATCH", "freeness", _TUNING)
+    ] = None,
     rebalance: Annotated[
         bool | None,
         typer.Option(
@@ -134,8 +152,14 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     instance_labels: Annotated[
         str | None, _option("Of the node: NAME=VALUE,...", "INSTANCE_LABELS", "none", _PLACES)
     ] = None,
+    priority_levels: Annotated[str | None, _option(_LEVELS, "PRIORITY_LEVELS", DEFAULT_LEVELS, _PRIORITIES)] = None,
+    priority_keys: Annotated[str | None, _option(_KEYS, "PRIORITY_KEYS", "none", _PRIORITIES)] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
     journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
+    journal_part_mib: Annotated[
+        int | None, _option("MiB of a file of the journal; then the next one begins.", "JOURNAL_PART_MIB", 32)
+    ] = None,
+    journal_parts: Annotated[int | None, _option("Files of the journal kept.", "JOURNAL_PARTS", 4)] = None,
     log_level: Annotated[str | None, _option("Of our own log lines.", "LOG_LEVEL", "INFO")] = None,
     config_file: Annotated[
         Path | None,
@@ -151,10 +175,16 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "host": host,
         "port": port,
         "admin_port": admin_port,
+        "admin_host": admin_host,
+        "admin_token_file": admin_token_file,
+        "admin_tls_cert": admin_tls_cert,
+        "admin_tls_key": admin_tls_key,
+        "admin_client_ca": admin_client_ca,
         "ray_address": ray_address,
         "carrier": carrier,
         "carrier_checksum": carrier_checksum,
         "copy_mb_per_s": copy_mb_per_s,
+        "dispatch": dispatch,
         "rebalance": rebalance,
         "tick_s": tick_s,
         "threshold_steps": threshold_steps,
@@ -172,8 +202,12 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "placement": placement,
         "instance_resources": instance_resources,
         "instance_labels": instance_labels,
+        "priority_levels": priority_levels,
+        "priority_keys": priority_keys,
         "start_timeout_s": start_timeout_s,
         "journal": journal,
+        "journal_part_mib": journal_part_mib,
+        "journal_parts": journal_parts,
         "log_level": log_level,
         "engine": engine,
     }
@@ -196,7 +230,7 @@ def status(
     """Show instances, gateways, requests and the latest migrations."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
 
-    shown.show(config.admin_address(admin), as_json=as_json, watch=watch)
+    shown.show(connect(admin), as_json=as_json, watch=watch)
 
 
 @app.command()
@@ -207,13 +241,26 @@ def migrate(
 ) -> None:
     """Move one running request and say how it ended."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
 
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         migration = client.migrate(request, to)
     print(shown.migration_line(migration))
     if not shown.is_committed(migration):
         raise typer.Exit(NOT_DONE)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # -10 is a level
+def priority(
+    request: Annotated[str, typer.Argument(help="Engine's or client's request id, or a prefix that fits only one.")],
+    level: Annotated[str, typer.Argument(help="A level's name, or a number: lower is more urgent.")],
+    admin: Admin = None,
+) -> None:
+    """Make one request more, or less, urgent while it waits or runs."""
+    from orchestrator import cli_status as shown  # noqa: PLC0415
+    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
+
+    with AdminClient(config.admin_address(admin)) as client:
+        print(shown.priority_line(client.set_priority(request, level)))
 
 
 @app.command()
@@ -227,9 +274,8 @@ def drain(
 ) -> None:
     """Take an instance out of dispatch and move its requests away."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
 
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         shown.follow_drain(instance, client.drain(instance, wait, deadline))
 
 
@@ -238,11 +284,31 @@ def undrain(
     instance: Annotated[str, typer.Argument(help="The instance to put back into service.")], admin: Admin = None
 ) -> None:
     """Put a draining instance back into service."""
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
-
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         client.undrain(instance)
     print(f"{instance} serves again")
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="As given to `serve --journal`, or one part of it such as FILE.1.")],
+    request: Annotated[
+        str | None, typer.Option("--request", metavar="ID", help="Only of this request: its id or a prefix.")
+    ] = None,
+    instance: Annotated[str | None, typer.Option("--instance", metavar="NAME", help="Only of this instance.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="TIME", help="Seconds after its beginning, or UTC as in 2026-11-22T10:30."),
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="As --since.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Explain a journal: what was decided, when and why. Exit status 1 when the core would decide otherwise now."""
+    from orchestrator import cli_replay as told  # noqa: PLC0415
+
+    status = told.show(file, told.wanted(request, instance, since, until), as_json)
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()
@@ -274,6 +340,7 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
     raise typer.Exit(run(options))
 
 
+cli_admin.add_to(app)
 app.command()(cli_scale.scale)
 
 

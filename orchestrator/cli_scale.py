@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import config
+from orchestrator.cli_client import Admin, connect
 
 
 def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
@@ -20,19 +20,13 @@ def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
     deadline: Annotated[
         float | None, typer.Option(min=0.1, metavar="SECONDS", help="Wait no longer than this.")
     ] = None,
-    admin: Annotated[
-        str | None,
-        typer.Option(
-            "--admin", metavar="HOST:PORT", help="Address of the admin API. Default: 127.0.0.1:50051. (KVFERRY_ADMIN)"
-        ),
-    ] = None,
+    admin: Admin = None,
 ) -> None:
     """Say how many instances there shall be. Those too many are emptied by migration, then stopped."""
     from orchestrator import cli_scaling as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
     from orchestrator.admin.errors import Declined  # noqa: PLC0415
 
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         scaling = client.scale(target, fewest, most, automatic)
         if target is None or not wait:
             print(shown.line(scaling))

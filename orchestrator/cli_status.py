@@ -27,12 +27,12 @@ _LONG = ("request", "client's id", "url")
 _TEXTS = (*_LONG, "instance", "state", "gateway", "status", "on", "outcome", "cause")
 
 
-def show(address: str, as_json: bool, watch: bool) -> None:
-    """Once, or every REFRESH_S until interrupted. Raises Unreachable."""
+def show(connected: AdminClient, as_json: bool, watch: bool) -> None:
+    """Once, or every REFRESH_S until interrupted. Raises what the client raises."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_FILE)
-    with AdminClient(address) as client:
+    with connected as client:
         if as_json:
             while True:
                 print(json.dumps(as_values(client)), flush=True)
@@ -113,7 +113,7 @@ def _instances(instances: Iterable[pb.Instance]) -> Table:
         has_report = item.HasField("report_age_s")
         table.add_row(
             item.name.removeprefix(INSTANCES),
-            _state(item),
+            state_name(item),
             str(item.num_running) if has_report else "",
             str(item.num_waiting) if has_report else "",
             f"{used:.0%}" if has_report else "",
@@ -126,7 +126,8 @@ def _instances(instances: Iterable[pb.Instance]) -> Table:
     return table
 
 
-def _state(item: pb.Instance) -> str:
+def state_name(item: pb.Instance) -> str:
+    """Serving, draining, ..., and why."""
     name = pb.InstanceState.Name(item.state).removeprefix("INSTANCE_STATE_").lower()
     if item.drained:
         return f"{name} (empty)"
@@ -208,6 +209,13 @@ def migration_line(migration: pb.Migration) -> str:
         f"{start}, {migration.copied_blocks + migration.tail_blocks} blocks in {migration.num_stages} stages,"
         f" {migration.num_bytes / 1e6:.2f} MB, stopped {migration.stopped_s * 1e3:.1f} ms"
     )
+
+
+def priority_line(answer: pb.SetRequestPriorityResponse) -> str:
+    """A change of priority in one line."""
+    where = answer.instance.removeprefix(INSTANCES)
+    effect = f"; {answer.effect}" if answer.effect else ""
+    return f"{answer.name.removeprefix(REQUESTS)}: {answer.change} on {where}{effect}"
 
 
 def follow_drain(instance: str, progress: Iterable[pb.DrainInstanceResponse]) -> None:

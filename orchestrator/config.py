@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -15,10 +16,19 @@ from typing import Any, get_type_hints
 
 from instance.spec import Carrier
 from orchestrator import config_scaling
+from orchestrator.access import ClientAccess, ServerAccess, is_loopback
 from orchestrator.errors import ConfigError
+from orchestrator.gateway.priorities import key_digest
+from orchestrator.policy.dispatch import Rule
+from orchestrator.policy.levels import DEFAULT_LEVELS, BadLevel, Levels, parse_levels
 
 PREFIX = "KVFERRY_"
+MIN_TOKEN_CHARS = 16
+CLIENT_FLAGS = ("admin_token_file", "admin_ca", "admin_cert", "admin_key")
+"""Of the commands that speak to the admin API."""
 DEFAULT_ADMIN = "127.0.0.1:50051"
+DIGEST_PREFIX = "sha256:"
+"""Of an API key that is given by its digest."""
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -56,15 +66,24 @@ class ServeConfig:
     instances: int = 2
     gateways: int = 1
     host: str = "127.0.0.1"
-    """Where the OpenAI endpoint listens. Everything else listens on 127.0.0.1."""
+    """Where the OpenAI endpoint listens. All but the admin API listens on 127.0.0.1."""
     port: int = 8000
     admin_port: int = 50051
+    admin_host: str = "127.0.0.1"
+    """Where the admin API listens; elsewhere than on loopback only with a token."""
+    admin_token: str = dataclasses.field(default="", repr=False)
+    """Bearer token of the admin API (KVFERRY_ADMIN_TOKEN; no flag: others can read a command line)."""
+    admin_token_file: str = ""
+    admin_tls_cert: str = ""
+    admin_tls_key: str = ""
+    admin_client_ca: str = ""
     ray_address: str = ""
     """Empty: a Ray of our own, which ends with us."""
     engine: Engine = Engine.VLLM
     carrier: Carrier = Carrier.SHM
     carrier_checksum: bool = False
     copy_mb_per_s: float = AS_SUITS
+    dispatch: Rule = Rule.FREENESS
     rebalance: bool = True
     tick_s: float = 0.5
     threshold_steps: float = 512.0
@@ -87,7 +106,14 @@ class ServeConfig:
     instance_labels: str = ""
     """Of Ray's nodes, as NAME=VALUE,...: where instances may be."""
     start_timeout_s: float = 300.0
+    priority_levels: str = DEFAULT_LEVELS
+    priority_keys: str = ""
+    """File of API keys and the level of each."""
+    key_priorities: tuple[tuple[str, int], ...] = dataclasses.field(default=(), repr=False)
+    """What that file says: (digest of a key, priority); has no flag."""
     journal: str = ""
+    journal_part_mib: int = 32
+    journal_parts: int = 4
     log_level: str = "INFO"
     token: str = dataclasses.field(default="", repr=False)
     """The fleet's shared secret (KVFERRY_TOKEN; no flag: others can read a command line). Empty: made for the run."""
@@ -117,6 +143,26 @@ class ServeConfig:
             f"--copy-mb-per-s is {self.copy_mb_per_s:g}, it must be a rate, or 0 for no limit",
         )
         config_scaling.check(self)
+        parts, part_mib = self.journal_parts, self.journal_part_mib
+        _require(1 <= part_mib <= 4096, f"--journal-part-mib is {part_mib}, it must be from 1 to 4096")
+        _require(1 <= parts <= 1000, f"--journal-parts is {parts}, it must be from 1 to 1000")
+        _require(
+            bool(self.admin_token or self.admin_token_file) or is_loopback(self.admin_host),
+            f"--admin-host {self.admin_host} can be reached from other machines: give the admin API a token,"
+            " with KVFERRY_ADMIN_TOKEN or --admin-token-file",
+        )
+        _require(
+            bool(self.admin_tls_cert) == bool(self.admin_tls_key),
+            "--admin-tls-cert and --admin-tls-key belong together",
+        )
+        _require(
+            not self.admin_client_ca or bool(self.admin_tls_cert),
+            "--admin-client-ca needs --admin-tls-cert and --admin-tls-key",
+        )
+        try:
+            parse_levels(self.priority_levels)
+        except BadLevel as error:
+            raise ConfigError(f"--priority-levels: {error}") from error
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 
@@ -137,7 +183,7 @@ def serve_config(
     if not isinstance(file_argv, list):
         raise ConfigError(f"{file}: engine_argv must be a list, such as ['--max-model-len', '2048']")
     for field in dataclasses.fields(ServeConfig):
-        if field.name == "engine_argv":
+        if field.name in ("engine_argv", "key_priorities"):
             continue
         variable = PREFIX + field.name.upper()
         flag = flags.get(field.name)
@@ -151,7 +197,11 @@ def serve_config(
     if in_file:
         raise ConfigError(f"{file}: unknown setting {sorted(in_file)[0]!r}")
     merged.setdefault("model", "")
-    return ServeConfig(**merged, engine_argv=(*(str(argument) for argument in file_argv), *engine_argv))
+    config = ServeConfig(**merged, engine_argv=(*(str(argument) for argument in file_argv), *engine_argv))
+    if not config.priority_keys:
+        return config
+    keys = _read_keys(Path(config.priority_keys), parse_levels(config.priority_levels))
+    return dataclasses.replace(config, key_priorities=keys)
 
 
 def serve_config_here(flags: Mapping[str, object], file: Path | None, engine_argv: tuple[str, ...]) -> ServeConfig:
@@ -170,20 +220,124 @@ def admin_address(flag: str | None) -> str:
     return address
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    import yaml  # noqa: PLC0415 - only needed here
+def server_access(config: ServeConfig) -> ServerAccess:
+    """Read the files that the settings name. Raises ConfigError."""
+    certificate, key = _pair(config.admin_tls_cert, config.admin_tls_key, "--admin-tls-cert")
+    return ServerAccess(
+        token=_token(config.admin_token, config.admin_token_file),
+        certificate=certificate,
+        key=key,
+        client_ca=_authorities(config.admin_client_ca, "--admin-client-ca"),
+    )
 
+
+def client_access(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> ClientAccess:
+    """What a command shows to the admin API. `flags` by the names of `CLIENT_FLAGS`; None was not given. Raises
+    ConfigError."""
+    given = {name: flags.get(name) or environment.get(PREFIX + name.upper(), "") for name in CLIENT_FLAGS}
+    token_file = given["admin_token_file"]
+    token = "" if flags.get("admin_token_file") else environment.get(f"{PREFIX}ADMIN_TOKEN", "")
+    certificate, key = _pair(given["admin_cert"], given["admin_key"], "--admin-cert")
+    authorities = _authorities(given["admin_ca"], "--admin-ca")
+    _require(not certificate or bool(authorities), "--admin-cert needs --admin-ca: which certificates to trust")
+    return ClientAccess(_token(token, token_file), authorities, certificate, key)
+
+
+def client_access_here(flags: Mapping[str, str | None]) -> ClientAccess:
+    """`client_access` with the environment of this process."""
+    return client_access(flags, os.environ)
+
+
+def _token(token: str, path: str) -> str:
+    """The token, else what its file holds; empty without either."""
+    text = token.strip() or (_bytes(path, "--admin-token-file").decode(errors="replace").strip() if path else "")
+    where = "KVFERRY_ADMIN_TOKEN" if token.strip() else path
+    is_fit = len(text) >= MIN_TOKEN_CHARS and text.isascii() and text.isprintable() and " " not in text
+    _require(
+        (not text and not path) or is_fit,
+        f"the token in {where} must have at least {MIN_TOKEN_CHARS} ASCII characters and no blank",
+    )
+    return text
+
+
+def _pair(certificate: str, key: str, flag: str) -> tuple[bytes, bytes]:
+    """A certificate and its key, both or none."""
+    _require(bool(certificate) == bool(key), f"{flag} and its key belong together")
+    if not certificate:
+        return b"", b""
+    texts = _bytes(certificate, flag), _bytes(key, flag)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(f"{flag}: {certificate} and {key} are no certificate and its key, in PEM") from error
+    return texts
+
+
+def _authorities(path: str, flag: str) -> bytes:
+    if not path:
+        return b""
+    text = _bytes(path, flag)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{flag}: {path} holds no certificate in PEM") from error
+    return text
+
+
+def _bytes(path: str, flag: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
+
+
+def _read_keys(path: Path, levels: Levels) -> tuple[tuple[str, int], ...]:
+    """YAML: `KEY: LEVEL`, or `sha256:DIGEST: LEVEL` in quotes. Only digests leave this function, in errors neither
+    appears: keys are told by their line. Raises ConfigError."""
+    entries = _read_yaml(path, is_secret=True)
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError(f"--priority-keys: {path} must hold keys and their levels, such as `some-key: high`")
+    found: dict[str, int] = {}
+    for number, (key, level) in enumerate(entries.items(), start=1):
+        where = f"--priority-keys: {path}, entry {number}"
+        if not isinstance(key, str) or not key:
+            raise ConfigError(f"{where}: the key must be text, in quotes where it looks like a number")
+        digest = key.removeprefix(DIGEST_PREFIX).lower() if key.startswith(DIGEST_PREFIX) else key_digest(key.encode())
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ConfigError(f"{where}: {DIGEST_PREFIX} must be followed by 64 hexadecimal digits")
+        if digest in found:
+            raise ConfigError(f"{where}: the same key is there twice")
+        try:
+            found[digest] = levels.priority(str(level))
+        except BadLevel:  # not in its words: they repeat the value, and the two sides of a line are easily swapped
+            names = ", ".join(one.name for one in levels.levels)
+            raise ConfigError(f"{where}: its level must be one of {names}, or a whole number") from None
+    return tuple(sorted(found.items()))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    content = _read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold settings, such as `instances: 2`")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _read_yaml(path: Path, *, is_secret: bool = False) -> Any:
+    """`is_secret`: no word of the file may stand in an error. Raises ConfigError."""
+    import yaml  # noqa: PLC0415 - only needed here
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" (line {mark.line + 1})"
+        raise ConfigError(f"{path} is not YAML{where if is_secret else ': ' + ' '.join(str(error).split())}") from None
 
 
 def _parsed(value: object, kind: type, where: str) -> object:

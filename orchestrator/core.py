@@ -7,11 +7,13 @@ that comes back as an ordinary event. Commands are answered exactly once.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import assert_never
 
 from instance.lifecycle import State
 from migration.types import Epoch, InstanceId, Outcome, RequestId
 from orchestrator import view
+from orchestrator.cancelling import Cancellations
 from orchestrator.effects import (
     Answer,
     DrainAccepted,
@@ -27,6 +29,8 @@ from orchestrator.effects import (
 )
 from orchestrator.errors import LimitExceeded, RefusalKind
 from orchestrator.events import (
+    CancelMigrationRequested,
+    CancelRequested,
     DrainingSet,
     DrainRequested,
     Event,
@@ -38,7 +42,12 @@ from orchestrator.events import (
     MigrateRequested,
     MigrationEnded,
     MigrationNumber,
+    MigrationWithdrawn,
+    PolicyUpdateRequested,
+    PriorityAnswered,
+    PriorityRequested,
     ReportReceived,
+    RequestCancelled,
     RequestsReceived,
     ScaleRequested,
     Ticked,
@@ -47,12 +56,14 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.policy.drain import plan_drain
-from orchestrator.policy.moves import InstanceView, Move
+from orchestrator.policy.moves import InstanceView, Move, smooth_copy_time
 from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
 from orchestrator.retiring import Drains
 from orchestrator.scaling import Scaling
 from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
+from orchestrator.tuning import Policy, Tuning
 
 
 class Orchestrator:
@@ -66,14 +77,16 @@ class Orchestrator:
         self._in_flight: dict[MigrationNumber, MigrationRecord] = {}
         self._history: deque[MigrationRecord] = deque(maxlen=params.max_history)
         self._drain_waiters: dict[Token, InstanceId] = {}
+        self._cancellations = Cancellations(params.max_waiters)
+        self._tuning = Tuning(params)
         self._num_migrations = 0
+        self._reprioritising = Reprioritising(params)
         self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._pair_rests: RestingPlace[tuple[InstanceId, InstanceId]] = RestingPlace(params.max_resting)
-        drains = Drains(self._begin_drain, self._end_drain)
-        self._scaling = Scaling(params.scaling, drains, params.max_instances)
+        self._scaling = Scaling(params.scaling, params.max_instances)
 
-    def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911 - one case an event
+    def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911, PLR0912 - one case an event
         """Take one event in. Raises LimitExceeded, and changes nothing, when there are too many processes."""
         match event:
             case InstanceStarted():
@@ -104,6 +117,16 @@ class Orchestrator:
                 return self._scaling.on_start_failed(event, now_s)
             case ScaleRequested():
                 return self._scaling.on_requested(event, self._instances, now_s)
+            case CancelRequested() | RequestCancelled() | CancelMigrationRequested() | MigrationWithdrawn():
+                return self._cancellations.on(event, self._instances, self._in_flight, self._history)
+            case PolicyUpdateRequested():
+                answer, self._params = self._tuning.on(event, self._params)
+                return [answer]
+            case PriorityRequested():
+                return self._reprioritising.on_requested(event, self._instances)
+            case PriorityAnswered():
+                moves = [*self._history, *self._in_flight.values()]
+                return self._reprioritising.on_answered(event, self._instances, moves)
             case WaiterGone():
                 return self._on_waiter_gone(event)
             case _:
@@ -113,8 +136,12 @@ class Orchestrator:
         """What is known now, frozen."""
         instances = [*self._stopped, *self._instances.values()]
         migrations = [*self._history, *self._in_flight.values()]
-        scaling = self._scaling.snapshot(self._instances, now_s)
-        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s, scaling)
+        params, scaling = self._params.rebalance.load, self._scaling.snapshot(self._instances, now_s)
+        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s, params, scaling)
+
+    def policy(self) -> Policy:
+        """The parameters by which it decides now."""
+        return self._tuning.policy(self._params)
 
     # ------------------------------------------------------------------ who is there
     def _on_instance_started(self, event: InstanceStarted, now_s: float) -> list[Effect]:
@@ -164,12 +191,14 @@ class Orchestrator:
 
     def _on_gateway_lost(self, event: GatewayLost) -> list[Effect]:
         record = self._gateways.get(event.gateway)
-        if record is not None:
-            record.alive, record.reason = False, event.reason
-        return []
+        if record is None or not record.alive:
+            return []
+        record.alive, record.reason = False, event.reason
+        return [self._update_members(f"{event.gateway} was lost")]
 
     def _update_members(self, reason: str) -> UpdateMembers:
-        return view.members(list(self._instances.values()), reason)
+        instances, gateways = list(self._instances.values()), list(self._gateways.values())
+        return view.members(instances, gateways, self._params, reason)
 
     # ------------------------------------------------------------------ what they say
     def _on_report(self, event: ReportReceived, now_s: float) -> list[Effect]:
@@ -268,6 +297,8 @@ class Orchestrator:
 
     def _on_waiter_gone(self, event: WaiterGone) -> list[Effect]:
         self._drain_waiters.pop(event.token, None)
+        self._cancellations.forget(event.token)
+        self._reprioritising.on_waiter_gone(event.token)
         for number, record in self._in_flight.items():
             if record.token == event.token:
                 self._in_flight[number] = view.without_caller(record)
@@ -278,14 +309,15 @@ class Orchestrator:
         for place in (self._request_rests, self._drain_rests):
             place.forget_rested(now_s)
         self._pair_rests.forget_rested(now_s)
-        drains = plan_drain(self._views(now_s), self._drain_rests.names(), self._params.drain)
-        effects: list[Effect] = [self._start(move, None, "live", now_s) for move in drains]
+        drained = plan_drain(self._views(now_s), self._drain_rests.names(), self._params.drain)
+        effects: list[Effect] = [self._start(move, None, "live", now_s) for move in drained]
         if self._params.is_rebalancing:
             resting = Resting(self._request_rests.names(), self._pair_rests.names())
             moves = plan_rebalance(self._views(now_s), resting, self._params.rebalance)
             effects += [self._start(move, None, "live", now_s) for move in moves]
         if self._scaling.is_active:
-            effects += self._scaling.tick(self._views(now_s), self._instances, now_s)
+            drains = Drains(self._instances, self._begin_drain, self._end_drain)
+            effects += self._scaling.tick(self._views(now_s), drains, now_s)
         return effects
 
     def _views(self, now_s: float) -> tuple[InstanceView, ...]:
@@ -301,20 +333,10 @@ class Orchestrator:
         self._num_migrations += 1
         number = MigrationNumber(self._num_migrations)
         source, destination = self._instances[move.source], self._instances[move.destination]
-        self._in_flight[number] = MigrationRecord(
-            number=number,
-            request_id=move.request_id,
-            source=source.incarnation,
-            destination=destination.incarnation,
-            mode=mode,
-            cause=move.reason,
-            priority=move.priority,
-            num_blocks=move.num_blocks,
-            started_s=now_s,
-            token=token,
-        )
+        record = view.begun(number, move, source.incarnation, destination.incarnation, now_s)
+        self._in_flight[number] = replace(record, mode=mode, token=token)
         return StartMigration(
-            number, move.request_id, source.incarnation, destination.incarnation, mode, move.reason, move.signal_age_s
+            number, move.request_id, record.source, record.destination, mode, move.reason, move.signal_age_s
         )
 
     def _on_migration_ended(self, event: MigrationEnded, now_s: float) -> list[Effect]:
@@ -323,6 +345,8 @@ class Orchestrator:
             return []
         ended = view.ended(record, event, now_s)
         self._history.append(ended)
+        if event.outcome is Outcome.COMMITTED:
+            self._learn_copy_time(record.source.instance, event)
         rest = self._params.rebalance
         self._drain_rests.rest(record.request_id, now_s + self._params.drain.retry_s)
         self._request_rests.rest(record.request_id, now_s + rest.rest_s)
@@ -330,19 +354,29 @@ class Orchestrator:
             pair = (record.source.instance, record.destination.instance)
             self._pair_rests.rest(pair, now_s + rest.pair_rest_s)
         effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []
+        effects += self._cancellations.on_migration_ended(ended)
+        effects += self._reprioritising.on_migration_ended(ended, self._instances)
         for instance in (record.source.instance, record.destination.instance):
             if instance in self._instances:
                 effects += self._check_drained(self._instances[instance])
         return effects
 
+    def _learn_copy_time(self, source: InstanceId, event: MigrationEnded) -> None:
+        record, figures = self._instances.get(source), event.figures
+        if record is not None:
+            num_blocks = figures.copied_blocks + figures.tail_blocks
+            record.copy_s_per_block = smooth_copy_time(record.copy_s_per_block, num_blocks, figures.duration_s)
+
     # ------------------------------------------------------------------ tests
     def check_integrity(self) -> None:
         """Raise AssertionError when two of its records contradict each other or a bound is passed."""
-        params = self._params
+        params = self._tuning.started_with  # what was begun under a higher bound than today's goes on
+        self._cancellations.check_integrity(self._in_flight)
         assert len(self._instances) <= params.max_instances
         assert len(self._gateways) <= params.max_gateways
         assert len(self._drain_waiters) <= params.max_waiters
         assert set(self._drain_waiters.values()) <= self._instances.keys(), "a waiter of no instance"
+        self._reprioritising.check_integrity(self._in_flight.values())
         moving = [record.request_id for record in self._in_flight.values()]
         assert len(moving) == len(set(moving)), "a request moves twice at once"
         assert all(record.outcome is None for record in self._in_flight.values())

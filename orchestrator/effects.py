@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instance.lifecycle import State
+from instance.messages import RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
-from orchestrator.events import MigrationNumber, Token
-from orchestrator.state import MigrationRecord, ScalingSnapshot
+from orchestrator.events import ChangeNumber, MigrationNumber, PolicyValue, Token
+from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.state import CoreParams, MigrationRecord, ScalingSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,17 @@ class SetDraining:
 
 
 @dataclass(frozen=True, slots=True)
+class SetPriority:
+    """Have the owner of a request change its priority; the shell answers with one `PriorityAnswered`."""
+
+    number: ChangeNumber
+    request_id: RequestId
+    owner: Incarnation
+    priority: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One live instance, as gateways must know it."""
 
@@ -49,6 +62,9 @@ class UpdateMembers:
     """Tell every gateway who is there; whoever is missing is gone."""
 
     members: tuple[Member, ...]
+    num_gateways: int
+    """That dispatch to them: each reckons with what the others send between two reports."""
+    dispatch: DispatchParams
     reason: str
 
 
@@ -95,6 +111,28 @@ class AnnounceScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class EndRequest:
+    """Have the gateway that holds its stream end this request, or, when none does, the instances; the shell answers
+    with one `RequestCancelled`."""
+
+    token: Token
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawMigration:
+    """Tell the source to give this migration up unless its commit was sent; the shell answers with one
+    `MigrationWithdrawn`, the migration itself with its `MigrationEnded`."""
+
+    token: Token
+    number: MigrationNumber
+    request_id: RequestId
+    source: Incarnation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     kind: RefusalKind
     reason: str
@@ -130,7 +168,67 @@ class ScalingSet:
     scaling: ScalingSnapshot
 
 
-Result = Refused | DrainAccepted | Drained | Undrained | MigrationFinished | ScalingSet
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """The request was ended by command; both as they were last reported."""
+
+    instance: InstanceId
+    request: RequestLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Why one value of a policy cannot be."""
+
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRefused:
+    """Nothing was changed."""
+
+    violations: tuple[Violation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyUpdated:
+    """The policy as it is now (or would be), and what of it is new: (path, before, after)."""
+
+    params: CoreParams
+    etag: str
+    changes: tuple[tuple[str, PolicyValue, PolicyValue], ...]
+    validate_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reprioritised:
+    """A request has another priority now."""
+
+    request_id: RequestId
+    instance: InstanceId
+    previous: int
+    priority: int
+    change: str
+    """Both by name, such as `normal (0) -> high (-10)`."""
+    status: str
+    """Where it stood at that moment: running, waiting or preempted."""
+    effect: str
+    """What follows from it, in words."""
+
+
+Result = (
+    Refused
+    | DrainAccepted
+    | Drained
+    | Undrained
+    | MigrationFinished
+    | RequestEnded
+    | PolicyRefused
+    | PolicyUpdated
+    | Reprioritised
+    | ScalingSet
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +242,13 @@ class Answer:
 Effect = (
     StartMigration
     | SetDraining
+    | SetPriority
     | UpdateMembers
     | FenceInstance
     | StartInstance
     | StopInstance
     | AnnounceScaling
+    | EndRequest
+    | WithdrawMigration
     | Answer
 )

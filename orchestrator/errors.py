@@ -21,6 +21,10 @@ class Unreachable(OrchestratorError):
     """Nothing answers at the admin address."""
 
 
+class JournalError(OrchestratorError):
+    """A file is no journal, or a journal cannot be read."""
+
+
 class LimitExceeded(OrchestratorError):
     """A named bound of the core would be passed. Nothing has changed."""
 
@@ -29,6 +33,8 @@ class RefusalKind(Enum):
     """Why the orchestrator declines a command. News for the caller, not an error of ours."""
 
     NOT_FOUND = "not_found"
+    INVALID = "invalid"
+    """What is asked for cannot be read."""
     AMBIGUOUS = "ambiguous"
     """The name fits several requests."""
     PRECONDITION = "precondition"

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import NewType
 
 from instance.messages import LoadReport, RequestReport
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId, Outcome
+from orchestrator.errors import RefusalKind
 
 Token = NewType("Token", int)
 """Names one waiting caller of the shell; the core answers it exactly once."""
 
 MigrationNumber = NewType("MigrationNumber", int)
 """The orchestrator's own count of the migrations it started, from 1."""
+
+ChangeNumber = NewType("ChangeNumber", int)
+"""The orchestrator's own count of the changes of priority, from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,77 @@ class ScaleRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """End a running request, wherever it is."""
+
+    token: Token
+    reference: str
+    """As in `MigrateRequested`."""
+    validate_only: bool = False
+    """True: say what would end, and end nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """An `EndRequest` was carried out (`error` is None), or whether it was is unknown."""
+
+    token: Token
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelMigrationRequested:
+    token: Token
+    number: MigrationNumber
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationWithdrawn:
+    """A `WithdrawMigration` reached the source (`error` is None), or whether it did is unknown."""
+
+    token: Token
+    error: str | None = None
+
+
+PolicyValue = bool | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyUpdateRequested:
+    """Change parameters of the policies: all of these, or none."""
+
+    token: Token
+    changes: tuple[tuple[str, PolicyValue | None], ...]
+    """(path, new value); None: back to what it was at the start. See `orchestrator.tuning`."""
+    etag: str = ""
+    """When given, the policy must have it still."""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityRequested:
+    """Somebody wants a request to be more, or less, urgent."""
+
+    token: Token
+    reference: str
+    """As in `MigrateRequested`."""
+    level: str
+    """A level's name, or a number."""
+    asked_by: str
+    """The way it came, such as `admin API SetRequestPriority`; never a secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityAnswered:
+    """Exactly one for each `SetPriority`: the instance's answer, or why there is none."""
+
+    number: ChangeNumber
+    answer: PriorityAnswer | None
+    failure: RefusalKind = RefusalKind.UNAVAILABLE
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WaiterGone:
     """The caller no longer waits; its token must not be answered."""
 
@@ -166,5 +242,12 @@ Event = (
     | MigrateRequested
     | InstanceStartFailed
     | ScaleRequested
+    | CancelRequested
+    | RequestCancelled
+    | CancelMigrationRequested
+    | MigrationWithdrawn
+    | PolicyUpdateRequested
+    | PriorityRequested
+    | PriorityAnswered
     | WaiterGone
 )

@@ -18,8 +18,10 @@ from orchestrator.state import InstanceRecord, ScalingParams
 
 @dataclass(frozen=True, slots=True)
 class Drains:
-    """How instances are drained and put back: the core's own way, which tells gateways and answers who waits."""
+    """What the core lends for one call: its records, and its own way of draining, which tells gateways and answers who
+    waits. Never kept: the journal writes the core's state by its shape, and a method is no value."""
 
+    records: Mapping[InstanceId, InstanceRecord]
     begin: Callable[[InstanceRecord, str], list[Effect]]
     end: Callable[[InstanceRecord, str], list[Effect]]
 
@@ -38,9 +40,8 @@ class _Retirement:
 class Retirements:
     """Instances on their way out."""
 
-    def __init__(self, params: ScalingParams, drains: Drains, max_instances: int) -> None:
+    def __init__(self, params: ScalingParams, max_instances: int) -> None:
         self._params = params
-        self._drains = drains
         self._under_way: dict[InstanceId, _Retirement] = {}
         self._rests: RestingPlace[InstanceId] = RestingPlace(max_instances)
 
@@ -61,26 +62,29 @@ class Retirements:
         known = self._under_way.get(instance)
         return known is not None and known.told_s is not None
 
-    def begin(self, record: InstanceRecord, reason: str, signal_age_s: float, now_s: float) -> list[Effect]:
-        self._under_way[record.instance] = _Retirement(record.epoch, now_s, reason, signal_age_s)
-        return self._drains.begin(record, reason)
+    def begin(
+        self, drains: Drains, instance: InstanceId, reason: str, signal_age_s: float, now_s: float
+    ) -> list[Effect]:
+        record = drains.records[instance]
+        self._under_way[instance] = _Retirement(record.epoch, now_s, reason, signal_age_s)
+        return drains.begin(record, reason)
 
     def leave_alone(self, instance: InstanceId, now_s: float) -> None:
         """It is on its way out no more, and not chosen again for a while."""
         self._under_way.pop(instance, None)
         self._rests.rest(instance, now_s + self._params.victim_rest_s)
 
-    def call_off_one(self, records: Mapping[InstanceId, InstanceRecord], reason: str, now_s: float) -> list[Effect]:
+    def call_off_one(self, drains: Drains, reason: str, now_s: float) -> list[Effect]:
         """Put the one begun last back into service, unless it has been told to stop. Nothing: there is none."""
-        able = [name for name, known in self._under_way.items() if known.told_s is None and name in records]
+        able = [name for name, known in self._under_way.items() if known.told_s is None and name in drains.records]
         if not able:
             return []
         instance = max(able, key=lambda name: (self._under_way[name].begun_s, name))
-        return self._put_back(records[instance], reason, now_s)
+        return self._put_back(drains, drains.records[instance], reason, now_s)
 
-    def _put_back(self, record: InstanceRecord, reason: str, now_s: float) -> list[Effect]:
+    def _put_back(self, drains: Drains, record: InstanceRecord, reason: str, now_s: float) -> list[Effect]:
         self.leave_alone(record.instance, now_s)
-        return self._drains.end(record, reason) if record.state is State.DRAINING else []
+        return drains.end(record, reason) if record.state is State.DRAINING else []
 
     def on_lost(self, instance: InstanceId, epoch: Epoch) -> bool:
         """True: it was on its way out; whether it stopped or died does not matter any more."""
@@ -90,12 +94,12 @@ class Retirements:
         del self._under_way[instance]
         return True
 
-    def tick(self, records: Mapping[InstanceId, InstanceRecord], now_s: float) -> list[Effect]:
+    def tick(self, drains: Drains, now_s: float) -> list[Effect]:
         """Stop those that are empty, tell those again that do not stop, call off what takes too long."""
         self._rests.forget_rested(now_s)
         effects: list[Effect] = []
         for instance, known in list(self._under_way.items()):
-            record = records.get(instance)
+            record = drains.records.get(instance)
             if record is None or record.epoch != known.epoch:
                 del self._under_way[instance]
             elif known.told_s is not None:
@@ -109,7 +113,7 @@ class Retirements:
                     effects.append(self._stop(instance, known, now_s))
             elif now_s - known.begun_s >= self._params.retire_timeout_s:
                 why = f"not empty after {self._params.retire_timeout_s:g} s, {len(record.requests)} requests are left"
-                effects += self._put_back(record, why, now_s)
+                effects += self._put_back(drains, record, why, now_s)
         return effects
 
     def _stop(self, instance: InstanceId, known: _Retirement, now_s: float) -> StopInstance:

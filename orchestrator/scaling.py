@@ -28,7 +28,7 @@ _BY_HAND = "by hand"
 class Scaling:
     """The number of instances. The core hands it the events it needs, and its records to look at."""
 
-    def __init__(self, params: ScalingParams, drains: Drains, max_instances: int) -> None:
+    def __init__(self, params: ScalingParams, max_instances: int) -> None:
         self._params = params
         self._limits = Limits(params.fewest, min(params.most, params.capacity))
         self._is_automatic = params.is_automatic
@@ -38,7 +38,7 @@ class Scaling:
         self._reason = ""
         self._signal_age_s = 0.0
         self._starts = Starts(params)
-        self._retirements = Retirements(params, drains, max_instances)
+        self._retirements = Retirements(params, max_instances)
 
     # ------------------------------------------------------------------ who comes and goes
     def why_not_taken_in(self, incarnation: Incarnation) -> list[StopInstance]:
@@ -111,15 +111,16 @@ class Scaling:
         """False: nobody wants any number of instances, so there is nothing to look at."""
         return self._params.can_start and (self._target is not None or self._is_automatic)
 
-    def tick(self, views: tuple[InstanceView, ...], records: Records, now_s: float) -> list[Effect]:
-        effects = [*self._starts.tick(now_s), *self._retirements.tick(records, now_s)]
+    def tick(self, views: tuple[InstanceView, ...], drains: Drains, now_s: float) -> list[Effect]:
+        records = drains.records
+        effects = [*self._starts.tick(now_s), *self._retirements.tick(drains, now_s)]
         if self._target is None:
             if not records:
                 return effects  # nobody has come yet
             self._set_target(self._limits.clamp(self._num_present(records)), "as many as there are", 0.0)
         if self._is_automatic:
             effects += self._decide(views, records, now_s)
-        return effects + self._approach(views, records, now_s)
+        return effects + self._approach(views, drains, now_s)
 
     def _decide(self, views: tuple[InstanceView, ...], records: Records, now_s: float) -> list[Effect]:
         assert self._target is not None
@@ -141,26 +142,26 @@ class Scaling:
         self._set_target(decision.target, decision.reason, decision.signal_age_s)
         return self._say(None, decision.reason, decision.signal_age_s)
 
-    def _approach(self, views: tuple[InstanceView, ...], records: Records, now_s: float) -> list[Effect]:
+    def _approach(self, views: tuple[InstanceView, ...], drains: Drains, now_s: float) -> list[Effect]:
         """Do what brings the number of instances nearer to the target, as far as bounds allow it now."""
         assert self._target is not None
-        missing = self._target - self._num_present(records)
+        missing = self._target - self._num_present(drains.records)
         num_starting = len(self._starts.names)
         why = f"{self._target} instances are wanted: {self._reason}"
         if missing > 0 and num_starting == 0:
             # One that is being emptied is there sooner than one that must load.
-            called_off = self._retirements.call_off_one(records, why, now_s)
+            called_off = self._retirements.call_off_one(drains, why, now_s)
             if called_off:
                 return called_off
         if missing > num_starting:
-            return self._starts.begin(missing - num_starting, records, why, self._signal_age_s, now_s)
+            return self._starts.begin(missing - num_starting, drains.records, why, self._signal_age_s, now_s)
         if num_starting and missing < num_starting:
             return self._starts.abandon_one(f"wanted no more, {why}")
         if missing < 0:
-            return self._retire(views, records, why, now_s)
+            return self._retire(views, drains, why, now_s)
         return []
 
-    def _retire(self, views: tuple[InstanceView, ...], records: Records, why: str, now_s: float) -> list[Effect]:
+    def _retire(self, views: tuple[InstanceView, ...], drains: Drains, why: str, now_s: float) -> list[Effect]:
         if len(self._retirements.names) >= self._params.max_retiring:
             return []
         serving = [view for view in views if not view.draining]
@@ -171,7 +172,7 @@ class Scaling:
             return []
         age_s = max(self._signal_age_s, victim.signal_age_s)
         reason = f"scale in, the cheapest to empty; {why}"
-        begun = self._retirements.begin(records[victim.instance], reason, age_s, now_s)
+        begun = self._retirements.begin(drains, victim.instance, reason, age_s, now_s)
         return [*self._say(victim.instance, reason, age_s), *begun]
 
     # ------------------------------------------------------------------ small things

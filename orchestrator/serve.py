@@ -12,10 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 from instance.spec import Carrier
-from orchestrator.config import Engine, ServeConfig
+from orchestrator.access import is_loopback
+from orchestrator.config import Engine, ServeConfig, server_access
 from orchestrator.errors import StartUpError
 from orchestrator.runtime import checks
 from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle, instance_resources
+from orchestrator.runtime.journal import check_path
 from orchestrator.runtime.ray_cluster import STOPPED, RayCluster, Resources, instance_of
 
 FORCED_EXIT = 130
@@ -29,9 +31,11 @@ def run(config: ServeConfig, console: Console) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartUpError with one line; nothing is left running either way."""
     signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes both signals over
     checks.check_port(config.host, config.port, "--port")
-    checks.check_port("127.0.0.1", config.admin_port, "--admin-port")
-    if config.journal and not Path(config.journal).absolute().parent.is_dir():
-        raise StartUpError(f"--journal: there is no folder {Path(config.journal).absolute().parent}")
+    checks.check_port(config.admin_host, config.admin_port, "--admin-port")
+    if not server_access(config).certificate and not is_loopback(config.admin_host):
+        console.print(f"warning: the admin API on {config.admin_host} has no TLS: its token can be read on the way")
+    if config.journal:
+        check_path(Path(config.journal), config.journal_parts)
     tensor_parallel_size = 1
     if config.engine is Engine.VLLM:
         with console.status("checking the flags with vLLM's own parser"):

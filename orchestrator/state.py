@@ -9,7 +9,9 @@ from instance.messages import LoadReport, RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 from orchestrator.events import MigrationFigures, MigrationNumber, Token
 from orchestrator.policy.autoscale import AutoscaleParams
+from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.levels import DEFAULT_LEVELS, Levels, parse_levels
 from orchestrator.policy.rebalance import RebalanceParams
 
 
@@ -60,6 +62,10 @@ class CoreParams:
 
     rebalance: RebalanceParams = field(default_factory=RebalanceParams)
     drain: DrainParams = field(default_factory=DrainParams)
+    dispatch: DispatchParams = field(default_factory=DispatchParams)
+    """Gateways are told with their members."""
+    levels: Levels = field(default_factory=lambda: parse_levels(DEFAULT_LEVELS))
+    """Of priority; `rebalance.load` and `drain.load` are `levels.load_params`."""
     is_rebalancing: bool = True
     """False: requests move by command and by drain only."""
     max_migrations_out: int = 2
@@ -96,6 +102,8 @@ class InstanceRecord:
     load_at_s: float = 0.0
     requests: tuple[RequestLoad, ...] = ()
     requests_at_s: float = 0.0
+    copy_s_per_block: float = 0.0
+    """What a block takes that one of its migrations copies, smoothed; 0: it has sent nothing yet."""
     draining_set_at_s: float | None = None
     """When the instance confirmed that it takes nothing new; None: it has not (yet)."""
     drained: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from instance.messages import LoadReport, RequestLoad
 from migration.types import Incarnation, InstanceId, RequestId
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
-from orchestrator.events import DrainRequested, MigrateRequested, MigrationEnded
+from orchestrator.events import DrainRequested, MigrateRequested, MigrationEnded, MigrationNumber
+from orchestrator.policy.load import NO_HEADROOM, LoadParams
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.state import (
     CoreParams,
@@ -31,8 +33,11 @@ _MAX_NAMED = 5
 def instance_views(
     instances: list[InstanceRecord], in_flight: list[MigrationRecord], params: CoreParams, now_s: float
 ) -> tuple[InstanceView, ...]:
-    """The live instances whose report is fresh, with the moves in flight counted as if they had been made."""
+    """The live instances whose report is fresh, with the moves in flight counted as if they had been made. A source
+    that has sent nothing yet is taken to copy as the others do."""
     moving = {record.request_id for record in in_flight}
+    known_s = [record.copy_s_per_block for record in instances if record.copy_s_per_block > 0]
+    usual_s = statistics.median(known_s) if known_s else 0.0
     views: list[InstanceView] = []
     for record in instances:
         if record.load is None or now_s - record.load_at_s > params.stale_after_s:
@@ -48,6 +53,7 @@ def instance_views(
                 slots_out=max(0, params.max_migrations_out - len(leaving)),
                 slots_in=max(0, params.max_migrations_in - len(joining)),
                 signal_age_s=now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
+                copy_s_per_block=record.copy_s_per_block or usual_s,
             )
         )
     return tuple(views)
@@ -64,9 +70,12 @@ def _after(load: LoadReport, leaving: list[MigrationRecord], joining: list[Migra
     return load
 
 
-def members(instances: list[InstanceRecord], reason: str) -> UpdateMembers:
+def members(
+    instances: list[InstanceRecord], gateways: list[GatewayRecord], params: CoreParams, reason: str
+) -> UpdateMembers:
     ordered = sorted(instances, key=lambda record: record.instance)
-    return UpdateMembers(tuple(Member(item.incarnation, item.actor_name, item.state) for item in ordered), reason)
+    told = tuple(Member(item.incarnation, item.actor_name, item.state) for item in ordered)
+    return UpdateMembers(told, sum(gateway.alive for gateway in gateways), params.dispatch, reason)
 
 
 def is_empty(record: InstanceRecord) -> bool:
@@ -91,7 +100,7 @@ def find_move(
     destination = instances.get(event.destination)
     if destination is None:
         return no_such_instance(event.destination, instances)
-    found = _find_request(event.reference, instances)
+    found = find_request(event.reference, instances)
     if isinstance(found, Refused):
         return found
     source, request = found
@@ -109,7 +118,7 @@ def find_move(
     )
 
 
-def _find_request(
+def find_request(
     reference: str, instances: Mapping[InstanceId, InstanceRecord]
 ) -> tuple[InstanceRecord, RequestLoad] | Refused:
     """Exact engine id, else exact client id, else a prefix of either; the best kind of match that finds any decides."""
@@ -186,6 +195,24 @@ def without_caller(record: MigrationRecord) -> MigrationRecord:
     return replace(record, token=None)
 
 
+def begun(
+    number: MigrationNumber, move: Move, source: Incarnation, destination: Incarnation, now_s: float
+) -> MigrationRecord:
+    """The record of a live migration that nobody waits for."""
+    return MigrationRecord(
+        number=number,
+        request_id=move.request_id,
+        source=source,
+        destination=destination,
+        mode="live",
+        cause=move.reason,
+        priority=move.priority,
+        num_blocks=move.num_blocks,
+        started_s=now_s,
+        token=None,
+    )
+
+
 def ended(record: MigrationRecord, event: MigrationEnded, now_s: float) -> MigrationRecord:
     return replace(record, outcome=event.outcome, reason=event.reason, figures=event.figures, ended_s=now_s)
 
@@ -195,12 +222,13 @@ def snapshot(
     gateways: list[GatewayRecord],
     migrations: list[MigrationRecord],
     now_s: float,
+    params: LoadParams = NO_HEADROOM,
     scaling: ScalingSnapshot | None = None,
 ) -> Snapshot:
     by_name = sorted(instances, key=lambda record: (record.instance, record.epoch))
     return Snapshot(
         now_s=now_s,
-        instances=tuple(_instance_snapshot(record, now_s) for record in by_name),
+        instances=tuple(_instance_snapshot(record, now_s, params) for record in by_name),
         gateways=tuple(
             GatewaySnapshot(item.gateway, item.url, item.process_id, item.alive)
             for item in sorted(gateways, key=lambda item: item.gateway)
@@ -210,9 +238,9 @@ def snapshot(
     )
 
 
-def _instance_snapshot(record: InstanceRecord, now_s: float) -> InstanceSnapshot:
+def _instance_snapshot(record: InstanceRecord, now_s: float, params: LoadParams) -> InstanceSnapshot:
     load = record.load
-    left = freeness_steps(load) if load is not None and record.state is State.SERVING else -math.inf
+    left = freeness_steps(load, params) if load is not None and record.state is State.SERVING else -math.inf
     return InstanceSnapshot(
         incarnation=Incarnation(record.instance, record.epoch, record.incarnation.address),
         model=record.model,

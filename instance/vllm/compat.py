@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,13 @@ _NEEDED = (
         ),
     ),
     _Needed("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+    _Needed("vllm.v1.core.sched.request_queue", "SchedulingPolicy", ("PRIORITY",)),
+    _Needed(
+        "vllm.v1.core.sched.request_queue",
+        "PriorityRequestQueue",
+        ("peek_request", "add_request"),
+        (("remove_requests", ("requests",)),),
+    ),
     _Needed(
         "vllm.v1.core.kv_cache_manager",
         "KVCacheManager",
@@ -163,6 +170,7 @@ _NEEDED = (
 
 # Attributes that exist only on living objects: looked up on the engine that was just started.
 _NEEDED_OF_SCHEDULER = (
+    "policy",
     "running",
     "waiting",
     "kv_holding_waiting",
@@ -184,6 +192,8 @@ _NEEDED_OF_SCHEDULER = (
     "max_num_encoder_input_tokens",
     "is_encoder_decoder",
 )
+PRIORITY_HEAP = "_heap"
+"""Of a PriorityRequestQueue, for `unordered`."""
 _NEEDED_OF_ENCODER_CACHE = ("cache_size", "cached", "request_cached_ids")
 _NEEDED_OF_COORDINATOR_MANAGER = (
     "req_to_blocks",
@@ -264,7 +274,7 @@ def named() -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
     """All that this module names: what is imported, as (module, name), and attributes of vLLM's objects."""
     needed = (*_NEEDED, *_NEEDED_ELSEWHERE)
     attributes = {name for one in needed for name in (*one.attributes, *(method for method, _ in one.parameters))}
-    living = {*_NEEDED_OF_SCHEDULER, *_NEEDED_OF_ENCODER_CACHE, *_NEEDED_OF_COORDINATOR_MANAGER}
+    living = {*_NEEDED_OF_SCHEDULER, PRIORITY_HEAP, *_NEEDED_OF_ENCODER_CACHE, *_NEEDED_OF_COORDINATOR_MANAGER}
     return frozenset((one.module, one.name) for one in needed), frozenset(attributes | living)
 
 
@@ -282,6 +292,13 @@ def why_scheduler_unsupported(scheduler: Any) -> str | None:
             if not hasattr(manager, name):
                 return f"vLLM's {type(manager).__name__} lacks {name}"
     return None
+
+
+def unordered(queue: Any) -> Iterable[Any]:
+    """What waits in one of the scheduler's queues, in any order. Iterating a priority queue sorts it every time; where
+    its heap has another name, that is what it costs."""
+    heap: Iterable[Any] = getattr(queue, PRIORITY_HEAP, queue)
+    return heap
 
 
 def why_engine_unmovable(config: Any, scheduler: Any) -> str | None:

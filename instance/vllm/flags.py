@@ -41,6 +41,7 @@ class _Parser(FlexibleArgumentParser):
 def parse_serve_argv(argv: Sequence[str]) -> argparse.Namespace:
     """Read `vllm serve` arguments, the model first. Raises `FlagError` (one line)."""
     parser = make_arg_parser(_Parser(prog="kvferry serve", add_help=False))
+    parser.set_defaults(scheduling_policy="priority")  # without priorities it is first come first served, too
     if current_platform.is_cpu():
         parser.set_defaults(enforce_eager=True)
     try:

@@ -15,6 +15,7 @@ from instance.types import (
     EngineLoad,
     EngineOutput,
     EngineRefusal,
+    PriorityAnswer,
     RequestView,
     StepResult,
     Submission,
@@ -34,6 +35,7 @@ from instance.vllm.codec import (
 )
 from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
+from instance.vllm.priorities import set_priority
 from instance.vllm.rank import Carriage, Rank, RemoteRank
 from instance.vllm.refusals import is_in_flight, why_not_here, why_too_large, why_unmovable
 from instance.vllm.scheduler import Rest, is_seeded
@@ -140,6 +142,9 @@ class VllmEngine:
             self._aborted[RequestId(request_id)] = None
         while len(self._aborted) > MAX_REMEMBERED_ABORTS:
             self._aborted.popitem(last=False)
+
+    def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
+        return set_priority(self._scheduler, request_id, priority)
 
     def has_work(self) -> bool:
         return bool(self._scheduler.has_requests() or self._core.batch_queue)

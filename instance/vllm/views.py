@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 from vllm.v1.request import RequestStatus as VllmStatus
 
 from instance.types import EngineLoad, RequestStatus, RequestView
-from instance.vllm import blocks
+from instance.vllm import blocks, compat
 from instance.vllm.refusals import why_unmovable
 from migration.types import RequestId
 
@@ -21,7 +21,10 @@ def load_of(scheduler: Any, block_size: int, *, has_reservations: bool) -> Engin
         for request in scheduler.kv_holding_waiting
     ]
     demands = [max(0, demand) for demand in holding]
-    demands += [_demand(scheduler, request, block_size) for request in scheduler.waiting]
+    if scheduler.waiting:  # the first alone in the queue's order: the order of all costs a sort at each step
+        first = scheduler.waiting.peek_request()
+        others = [request for request in compat.unordered(scheduler.waiting) if request is not first]
+        demands += [_demand(scheduler, request, block_size) for request in (first, *others)]
     priorities = Counter(request.priority for request in scheduler.running)
     return EngineLoad(
         free_blocks=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
@@ -39,7 +42,7 @@ def view_of(scheduler: Any, request: Request, external_id: str, is_engine_movabl
     return RequestView(
         request_id=RequestId(request.request_id),
         external_id=external_id,
-        status=_status(scheduler, request),
+        status=status_of(scheduler, request),
         priority=request.priority,
         num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=request.num_output_tokens,
@@ -50,7 +53,7 @@ def view_of(scheduler: Any, request: Request, external_id: str, is_engine_movabl
     )
 
 
-def _status(scheduler: Any, request: Request) -> RequestStatus:
+def status_of(scheduler: Any, request: Request) -> RequestStatus:
     if request.request_id in getattr(scheduler, "ferry_out", ()):
         return RequestStatus.MIGRATING_OUT
     if request.status == VllmStatus.RUNNING:

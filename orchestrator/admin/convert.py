@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import grpc
+from typing import TypeVar
 
 from instance.lifecycle import State
 from instance.messages import RequestLoad
 from migration.types import InstanceId, Outcome
+from orchestrator.admin.failures import invalid
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
-from orchestrator.errors import RefusalKind
+from orchestrator.effects import Reprioritised
+from orchestrator.events import MigrationNumber
 from orchestrator.state import GatewaySnapshot, InstanceSnapshot, MigrationRecord, Snapshot
 
 INSTANCES = "instances/"
@@ -35,37 +37,39 @@ OUTCOMES = {
     Outcome.FAULT: pb.MIGRATION_OUTCOME_FAULT,
 }
 
-MODES = {
+MODES: dict[int, str] = {
     pb.MIGRATION_MODE_UNSPECIFIED: "live",
     pb.MIGRATION_MODE_LIVE: "live",
     pb.MIGRATION_MODE_BLOCKING: "blocking",
     pb.MIGRATION_MODE_REPREFILL: "reprefill",
 }
 
-STATUS_CODES = {
-    RefusalKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
-    RefusalKind.AMBIGUOUS: grpc.StatusCode.INVALID_ARGUMENT,
-    RefusalKind.PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
-    RefusalKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    RefusalKind.OVERTAKEN: grpc.StatusCode.ABORTED,
-    RefusalKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
-}
+STATE_OF: dict[int, State] = {int(number): state for state, number in STATES.items()}
+OUTCOME_OF: dict[int, Outcome | None] = {int(number): outcome for outcome, number in OUTCOMES.items()} | {0: None}
+MAX_NAME_CHARS = 256
+_MAX_NUMBER_DIGITS = 18
+
+Value = TypeVar("Value")
+Resource = TypeVar("Resource", pb.Instance, pb.Migration)
 
 
-class BadName(ValueError):
-    """A resource name is not of the form the method takes."""
-
-
-def bare(name: str, collection: str) -> str:
-    """The part after `collection`; a bare name is taken as it is. Raises BadName when nothing fit is left."""
+def bare(name: str, collection: str, field: str = "name") -> str:
+    """The part after `collection`; a bare name is taken as it is. Raises Failure when nothing fit is left."""
     rest = name.removeprefix(collection)
-    if not rest or "/" in rest:
-        raise BadName(f"{name!r} is not of the form {collection}NAME")
+    if not rest or "/" in rest or len(rest) > MAX_NAME_CHARS:
+        raise invalid(field, f"{name!r} is not of the form {collection}NAME")
     return rest
 
 
-def instance_id(name: str) -> InstanceId:
-    return InstanceId(bare(name, INSTANCES))
+def instance_id(name: str, field: str = "name") -> InstanceId:
+    return InstanceId(bare(name, INSTANCES, field))
+
+
+def migration_number(name: str) -> MigrationNumber:
+    digits = bare(name, MIGRATIONS)
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > _MAX_NUMBER_DIGITS:
+        raise invalid("name", f"{name!r} is not of the form {MIGRATIONS}NUMBER")
+    return MigrationNumber(int(digits))
 
 
 def instance(snapshot: InstanceSnapshot) -> pb.Instance:
@@ -90,6 +94,7 @@ def instance(snapshot: InstanceSnapshot) -> pb.Instance:
         message.num_running = load.num_running
         message.num_waiting = load.num_waiting
         message.step_time_s = load.step_time_s
+        message.num_preemptions = load.num_preemptions
         message.migrations_in = load.migrations_in
         message.migrations_out = load.migrations_out
         message.step = load.step
@@ -138,6 +143,18 @@ def migration(record: MigrationRecord, now_s: float) -> pb.Migration:
         stopped_s=figures.stopped_s,
         steps_during_copy=figures.steps_during_copy,
         ended_age_s=None if record.outcome is None else now_s - record.ended_s,
+    )
+
+
+def reprioritised(result: Reprioritised) -> pb.SetRequestPriorityResponse:
+    return pb.SetRequestPriorityResponse(
+        name=REQUESTS + result.request_id,
+        instance=INSTANCES + result.instance,
+        previous_priority=result.previous,
+        priority=result.priority,
+        change=result.change,
+        status=result.status,
+        effect=result.effect,
     )
 
 

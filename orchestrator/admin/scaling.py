@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import grpc
 import grpc.aio
 
-from orchestrator.admin.convert import INSTANCES, STATUS_CODES
+from orchestrator.admin.commands import Brain
+from orchestrator.admin.convert import INSTANCES
+from orchestrator.admin.failures import Failure, declined, invalid
 from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2_grpc as pb_grpc
-from orchestrator.effects import Refused, Result, ScalingSet
-from orchestrator.events import Event, ScaleRequested, Token
-from orchestrator.state import ScalingSnapshot, Snapshot
+from orchestrator.effects import ScalingSet
+from orchestrator.events import ScaleRequested, Token
+from orchestrator.state import ScalingSnapshot
 
 SERVICE = "kvferry.admin.v1.ScalingService"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Brain(Protocol):
-    """What the service needs of the loop."""
-
-    def snapshot(self) -> Snapshot: ...
-
-    async def ask(self, make: Callable[[Token], Event]) -> Result: ...
-
-
 class ScalingService(pb_grpc.ScalingServiceServicer):
+    """Raises Failure; `guard.Guard` makes it a status, and answers a request_id that was seen before."""
+
     def __init__(self, brain: Brain) -> None:
         self._brain = brain
 
@@ -35,13 +30,14 @@ class ScalingService(pb_grpc.ScalingServiceServicer):
         known = self._brain.snapshot().scaling
         return pb.GetScalingResponse(scaling=scaling(known) if known is not None else None)
 
-    async def ScaleInstances(self, request: pb.ScaleInstancesRequest, context: Context) -> pb.ScaleInstancesResponse:
-        given = {field.name: value for field, value in request.ListFields()}
+    async def ScaleInstances(self, request: pb.ScaleInstancesRequest, _context: Context) -> pb.ScaleInstancesResponse:
+        given = {field.name: value for field, value in request.ListFields() if field.name != "request_id"}
         if not given:
-            await _fail(context, grpc.StatusCode.INVALID_ARGUMENT, "nothing is given: name a target or a limit")
+            text = "nothing is given: name a target or a limit"
+            raise Failure(grpc.StatusCode.INVALID_ARGUMENT, "NOTHING_GIVEN", text)
         for name, value in given.items():
             if name != "automatic" and value < 1:
-                await _fail(context, grpc.StatusCode.INVALID_ARGUMENT, f"{name} is {value}, it must be 1 or more")
+                raise invalid(name, f"{value}, it must be 1 or more")
 
         def requested(token: Token) -> ScaleRequested:
             return ScaleRequested(
@@ -53,15 +49,9 @@ class ScalingService(pb_grpc.ScalingServiceServicer):
             )
 
         result = await self._brain.ask(requested)
-        if isinstance(result, Refused):
-            await _fail(context, STATUS_CODES[result.kind], result.reason)
-        assert isinstance(result, ScalingSet), "the core answers a command with its own kind of result, or refuses"
+        if not isinstance(result, ScalingSet):
+            raise declined(result)
         return pb.ScaleInstancesResponse(scaling=scaling(result.scaling))
-
-
-async def _fail(context: Context, code: grpc.StatusCode, reason: str) -> NoReturn:
-    await context.abort(code, reason)
-    raise AssertionError("abort raises")
 
 
 def scaling(known: ScalingSnapshot) -> pb.Scaling:

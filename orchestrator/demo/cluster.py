@@ -15,6 +15,7 @@ from orchestrator.config import ServeConfig
 from orchestrator.demo.fleet import AdminFleet
 from orchestrator.demo.options import DemoOptions
 from orchestrator.errors import StartUpError
+from orchestrator.policy.dispatch import Rule
 from orchestrator.runtime import checks
 from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle
 from orchestrator.runtime.ray_cluster import RayCluster, Resources
@@ -77,7 +78,11 @@ class Cluster:
         return MODEL_NAME
 
     async def stop_rebalancing(self) -> None:
-        """Replace the orchestrator by one that moves nothing by itself. Instances and gateways serve on meanwhile."""
+        """Move nothing by itself any more."""
+        await self.replace_orchestrator(rebalance=False)
+
+    async def replace_orchestrator(self, *, rebalance: bool, dispatch: Rule = Rule.FREENESS) -> None:
+        """Another one takes over and steers like this. Instances and gateways serve on meanwhile."""
         self.fleet.close()
         await self.ray.stop_actor(self.composition.orchestrator, ORCHESTRATOR_STOP_S)
         actor_name = await _make_orchestrator(self.ray)
@@ -88,7 +93,9 @@ class Cluster:
             gateways=self.composition.gateways,
             tick_s=TICK_S,
             max_migrations=MAX_MIGRATIONS,
-            rebalance=False,
+            dispatch=dispatch,
+            rebalance=rebalance,
+            rest_s=REST_S,
             log_level="WARNING",
             token=self.composition.token,
         )

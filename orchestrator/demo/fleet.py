@@ -28,6 +28,7 @@ class AdminFleet:
     """The `Fleet` of a cluster whose admin API is served at `address`. Errors are the admin client's."""
 
     def __init__(self, address: str) -> None:
+        self.address = address
         self._client = AdminClient(address)
 
     def close(self) -> None:

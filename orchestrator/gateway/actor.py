@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import ray
 
-from orchestrator.gateway.spec import GatewayConfig, Member
+from orchestrator.gateway.spec import GatewayConfig, Member, Membership
 
 if TYPE_CHECKING:
     from orchestrator.gateway.service import GatewayService
@@ -40,11 +40,13 @@ class GatewayActor:
         return msgspec.json.encode(started)
 
     async def set_members(self, members_json: bytes) -> None:
-        """A JSON list of Member."""
+        """A JSON Membership."""
         if self._service is None:
             return
-        self._members = msgspec.json.decode(members_json, type=tuple[Member, ...])
-        self._service.set_members(self._members)
+        told = msgspec.json.decode(members_json, type=Membership)
+        self._members = told.members
+        self._service.set_dispatch(told.dispatch)
+        self._service.set_members(told.members, told.num_gateways)
         current = {(member.instance, member.epoch) for member in self._members}
         for gone in self._watched.keys() - current:
             self._watched.pop(gone).cancel()
@@ -52,6 +54,10 @@ class GatewayActor:
             key = (member.instance, member.epoch)
             if member.actor_name and key not in self._watched:
                 self._watched[key] = asyncio.create_task(self._watch(member))
+
+    async def cancel_request(self, request_id: str) -> bool:
+        """False: the stream of this request is not here."""
+        return self._service is not None and self._service.cancel_request(request_id)
 
     async def stop(self) -> None:
         for task in self._watched.values():

@@ -25,9 +25,11 @@ from migration.types import RequestId
 from orchestrator.gateway.core_client import FleetCoreClient
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.loop import GatewayLoop
+from orchestrator.gateway.priorities import Asked
 
-header_priority: ContextVar[int | None] = ContextVar("header_priority", default=None)
-"""Priority of the HTTP request being handled, from its header: the way past vLLM's handlers, which pass only theirs."""
+asked_priority: ContextVar[Asked | None] = ContextVar("asked_priority", default=None)
+"""What the headers of the HTTP request being handled say of its priority: the way past vLLM's handlers, which pass only
+the body's."""
 
 
 class FleetLLM(AsyncLLM):
@@ -92,9 +94,10 @@ class FleetLLM(AsyncLLM):
             raise EngineDeadError
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, **more: Any) -> RequestOutputCollector:
-        priority = header_priority.get()
-        if priority is not None:
-            more["priority"] = priority
+        try:
+            more["priority"] = (asked_priority.get() or Asked()).priority(more.get("priority", 0))
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="priority") from error
         return await super().add_request(request_id, prompt, params, **more)
 
     async def _add_request(
@@ -131,6 +134,8 @@ def http_error(failure: Failure) -> VLLMError:
             return VLLMValidationError(failure.message)
         case FailureKind.BUSY:
             return GracefulHTTPError(failure.message, HTTPStatus.TOO_MANY_REQUESTS)
+        case FailureKind.CANCELLED:  # clients' libraries try again after 408, 409, 429 and 5xx; this must not come back
+            return GracefulHTTPError(failure.message, HTTPStatus.GONE)
         case FailureKind.NOBODY | FailureKind.INSTANCE_LOST | FailureKind.TOKENS_LOST | FailureKind.STOPPING:
             return GracefulHTTPError(failure.message, HTTPStatus.SERVICE_UNAVAILABLE)
         case _:

@@ -25,6 +25,8 @@ class FailureKind(Enum):
     """Tokens are missing and do not come."""
     STOPPING = "stopping"
     """This gateway is being stopped."""
+    CANCELLED = "cancelled"
+    """The operator ended it."""
 
 
 @dataclass(frozen=True, slots=True)

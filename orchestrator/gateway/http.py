@@ -11,20 +11,24 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orchestrator.gateway.async_llm import header_priority
+from orchestrator.gateway.async_llm import asked_priority
 from orchestrator.gateway.errors import GatewayError
+from orchestrator.gateway.priorities import BadPriority, PriorityRules
 
 MAX_REQUEST_ID_CHARS = 128
 RETRY_AFTER_S = 1
-MAX_PRIORITY = 2**31 - 1
 
+
+RULES = "kvferry_priority_rules"
+"""Of the app's state: PriorityRules. vLLM makes the middleware, without arguments."""
+_DEFAULT_RULES = PriorityRules()
 
 MIDDLEWARE = f"{__name__}.KvferryHeaders"
 """For vLLM's own `--middleware`: an app that vLLM has built takes no further one."""
 
 
 class KvferryHeaders:
-    """`x-request-id` is made where it is missing, given to vLLM and echoed; `x-kvferry-priority` is read; 429 and 503
+    """`x-request-id` is made where it is missing, given to vLLM and echoed; what says its priority is read; 429 and 503
     say when to come back. Plain ASGI, so that streams pass through untouched."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -47,13 +51,13 @@ class KvferryHeaders:
 
         raw = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
         scope = {**scope, "headers": [*raw, (b"x-request-id", request_id.encode())]}
-        priority = request_headers.get("x-kvferry-priority")
-        if priority is not None:
-            number = _priority(priority)
-            if number is None:
-                await _bad_priority()(scope, receive, send_with_headers)
-                return
-            header_priority.set(number)  # a context of its own: uvicorn runs each request in its own task
+        rules: PriorityRules = getattr(scope["app"].state, RULES, _DEFAULT_RULES)
+        try:
+            # A context of its own: uvicorn runs each request in its own task.
+            asked_priority.set(rules.asked(request_headers))
+        except BadPriority as error:
+            await _bad_priority(error)(scope, receive, send_with_headers)
+            return
         await self.app(scope, receive, send_with_headers)
 
 
@@ -72,17 +76,8 @@ def _usable(request_id: str | None) -> str | None:
     return request_id if request_id.isascii() and request_id.isprintable() and " " not in request_id else None
 
 
-def _priority(text: str) -> int | None:
-    try:
-        number = int(text)
-    except ValueError:
-        return None
-    return number if -MAX_PRIORITY <= number <= MAX_PRIORITY else None
-
-
-def _bad_priority() -> JSONResponse:
-    message = "x-kvferry-priority must be a whole number (lower is more urgent, 0 is normal)"
-    error = {"message": message, "type": "BadRequestError", "param": "x-kvferry-priority", "code": 400}
+def _bad_priority(bad: BadPriority) -> JSONResponse:
+    error = {"message": str(bad), "type": "BadRequestError", "param": bad.header, "code": 400}
     return JSONResponse({"error": error}, status_code=400)
 
 

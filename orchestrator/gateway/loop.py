@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 
 from instance.mailbox import Mailbox
 from instance.messages import Submit
-from migration.types import Epoch, Incarnation, InstanceId
+from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.router import Router
 from orchestrator.gateway.types import Deliver, Effect, Fail, Forget, Outgoing, RouterParams, Send
+from orchestrator.policy.dispatch import DispatchParams
 
 TICK_S = 0.05
 
@@ -43,8 +44,11 @@ class GatewayLoop:
             tasks.create_task(self._receive())
             tasks.create_task(self._tick())
 
-    def set_members(self, members: Iterable[Incarnation]) -> None:
-        self._perform(self.router.set_members(members, self._clock()))
+    def set_members(self, members: Iterable[Incarnation], num_gateways: int) -> None:
+        self._perform(self.router.set_members(members, self._clock(), num_gateways))
+
+    def set_dispatch(self, params: DispatchParams) -> None:
+        self.router.set_dispatch(params)
 
     def member_lost(self, instance: InstanceId, epoch: Epoch) -> None:
         self._perform(self.router.on_member_lost(instance, epoch, self._clock()))
@@ -58,6 +62,12 @@ class GatewayLoop:
 
     def fail_all(self, failure: Failure) -> None:
         self._perform(self.router.fail_all(failure))
+
+    def cancel(self, request_id: str, failure: Failure) -> bool:
+        """End one request, by its id at the instances; False: there is none."""
+        effects = self.router.fail_all(failure, (RequestId(request_id),))
+        self._perform(effects)
+        return bool(effects)
 
     async def _receive(self) -> None:
         while True:

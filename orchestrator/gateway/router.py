@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import msgspec
 
@@ -20,7 +21,7 @@ from instance.messages import (
     LoadReport,
     OutputEntry,
     OwnerChanged,
-    Submit,
+    PriorityChanged,
     SubmitAnswer,
     Subscribe,
 )
@@ -39,7 +40,8 @@ class Router:
         self._params = params
         self.counts = RouterCounts()
         self.relay = Relay()
-        self._book = DispatchBook(params.dispatch)
+        self._book = DispatchBook(params.dispatch, gateway=address)
+        self.set_dispatch = self._book.set_params
         self._members: dict[InstanceId, Incarnation] = {}
         self._heard_s: dict[InstanceId, float] = {}
         self._lost: OrderedDict[Owner, None] = OrderedDict()
@@ -69,19 +71,18 @@ class Router:
         return len(self._flights)
 
     # ---- members
-    def set_members(self, members: Iterable[Incarnation], now_s: float) -> list[Effect]:
-        """These are the members now; whoever is not among them any more has ended."""
+    def set_members(self, members: Iterable[Incarnation], now_s: float, num_gateways: int = 1) -> list[Effect]:
+        """These are the members now; whoever is not among them any more has ended. `num_gateways` use them."""
         new = {member.instance: member for member in members if (member.instance, member.epoch) not in self._lost}
         effects: list[Effect] = []
         for known in list(self._members.values()):
             kept = new.get(known.instance)
             if kept is None or kept.epoch != known.epoch:
                 effects += self._lose(known.instance, known.epoch, now_s)
-        for member in new.values():
-            if member.instance not in self._members:
-                self._heard_s[member.instance] = now_s
+        for name in new:
+            self._heard_s.setdefault(name, now_s)
         self._members = new
-        self._book.set_members([(member.instance, member.epoch) for member in new.values()])
+        self._book.set_members([(member.instance, member.epoch) for member in new.values()], num_gateways)
         return effects + self._subscribe(now_s)
 
     def on_member_lost(self, instance: InstanceId, epoch: Epoch, now_s: float) -> list[Effect]:
@@ -126,13 +127,12 @@ class Router:
                 self._drop(request_id)
         return self._abort_everywhere(tuple(sent))
 
-    def fail_all(self, failure: Failure) -> list[Effect]:
-        """End every request with this failure, here and at the instances."""
-        request_ids = tuple(self._flights)
-        effects = self._abort_everywhere(request_ids)
-        for request_id in request_ids:
-            effects += self._fail(request_id, failure)
-        return effects
+    def fail_all(self, failure: Failure, among: Iterable[RequestId] | None = None) -> list[Effect]:
+        """End every request (those of `among` that are here) with this failure, here and at the instances."""
+        named = self._flights if among is None else {self._wire_ids.get(one, one) for one in among}
+        request_ids = tuple(one for one in named if one in self._flights)
+        aborts = self._abort_everywhere(request_ids)
+        return aborts + [effect for one in request_ids for effect in self._fail(one, failure)]
 
     # ---- what instances say
     def on_message(self, message: FleetMessage, now_s: float) -> list[Effect]:
@@ -148,6 +148,10 @@ class Router:
                 owner = (InstanceId(message.instance), Epoch(message.epoch))
                 if owner not in self._lost:
                     self._on_moves(self.relay.on_owner_changed(RequestId(message.request_id), owner, message.offset))
+                return []
+            case PriorityChanged():
+                if (flight := self._flights.get(RequestId(message.request_id))) is not None:
+                    flight.request = replace(flight.request, priority=message.priority)
                 return []
             case _:
                 return []  # not for a gateway
@@ -283,7 +287,7 @@ class Router:
 
     def _seen(self, now_s: float) -> dict[Owner, int]:
         """Up to which of our submissions each member has received them, by its report, if that is fresh."""
-        max_age_s = self._params.dispatch.max_report_age_s
+        max_age_s = self._book.params.max_report_age_s
         fresh = (one for one in self.view(now_s).instances if one.report_age_s <= max_age_s)
         return {(one.instance, one.epoch): one.report.submits_seen for one in fresh}
 
@@ -332,22 +336,7 @@ class Router:
         self._waiting.discard(flight.wire_id)
         self._unanswered.add(flight.wire_id)
         self.counts.dispatched += 1
-        return [self._submit_message(flight, member)]
-
-    def _submit_message(self, flight: Flight, member: Incarnation) -> Send:
-        request = flight.request
-        message = Submit(
-            request_id=flight.wire_id,
-            external_id=request.external_id,
-            gateway_address=self._address,
-            epoch=member.epoch,
-            sequence=flight.sequence,
-            priority=request.priority,
-            num_prompt_tokens=request.num_prompt_tokens,
-            max_tokens=request.max_tokens,
-            payload=request.payload if flight.attempt == 1 else request.payload_as(flight.wire_id),
-        )
-        return Send(member.address, message)
+        return [Send(member.address, flight.submission(self._address, member.epoch))]
 
     def _wait(self, flight: Flight, reason: str) -> list[Effect]:
         request_id = flight.wire_id

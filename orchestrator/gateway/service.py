@@ -29,10 +29,13 @@ from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.gateway.async_llm import FleetLLM
 from orchestrator.gateway.core_client import Encode, FleetCoreClient
 from orchestrator.gateway.errors import Failure, FailureKind, GatewayError
-from orchestrator.gateway.http import MIDDLEWARE, add_routes, bind
+from orchestrator.gateway.http import MIDDLEWARE, RULES, add_routes, bind
 from orchestrator.gateway.loop import GatewayLoop
+from orchestrator.gateway.priorities import PriorityRules
 from orchestrator.gateway.spec import GatewayConfig, GatewayStarted, Member
 from orchestrator.gateway.types import RouterParams
+from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.levels import parse_levels
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ CLOSE_STREAMS_S = 1
 STOP_S = 2.0
 START_S = 30.0
 
+CANCELLED = Failure(FailureKind.CANCELLED, "the operator of this service ended the request")
 STOPPING = Failure(FailureKind.STOPPING, "this gateway is being stopped; please retry")
 
 
@@ -82,13 +86,22 @@ class GatewayService:
             raise RuntimeError("the gateway has not started")
         return self._loop
 
-    def set_members(self, members: Iterable[Member]) -> None:
-        """These are the instances now; one that is not among them any more has ended."""
-        self.loop.set_members(Incarnation(InstanceId(one.instance), Epoch(one.epoch), one.address) for one in members)
+    def set_members(self, members: Iterable[Member], num_gateways: int = 1) -> None:
+        """These are the instances now; one that is not among them any more has ended. So many gateways use them."""
+        known = [Incarnation(InstanceId(one.instance), Epoch(one.epoch), one.address) for one in members]
+        self.loop.set_members(known, num_gateways)
+
+    def set_dispatch(self, params: DispatchParams) -> None:
+        """Choose instances by these from now on."""
+        self.loop.set_dispatch(params)
 
     def member_lost(self, instance: str, epoch: int) -> None:
         """This incarnation is known to be dead."""
         self.loop.member_lost(InstanceId(instance), Epoch(epoch))
+
+    def cancel_request(self, request_id: str) -> bool:
+        """End this request (by its id at the instances) and its siblings; False: its stream is not here."""
+        return self.loop.cancel(request_id, CANCELLED)
 
     def on_reset_prefix_cache(self, reset: Callable[[], Awaitable[bool]]) -> None:
         """How the prefix caches of all instances are reset (vLLM's development endpoint)."""
@@ -127,12 +140,16 @@ class GatewayService:
     async def _serve(
         self, mailbox: Mailbox, namespace: argparse.Namespace, vllm_config: Any, config: GatewayConfig
     ) -> None:
-        params = self._params or RouterParams(dispatch_timeout_s=config.dispatch_timeout_s)
+        levels = parse_levels(config.priority_levels)
+        params = self._params or RouterParams(
+            dispatch=DispatchParams(load=levels.load_params), dispatch_timeout_s=config.dispatch_timeout_s
+        )
         self._loop = GatewayLoop(mailbox, params)
         client = FleetCoreClient(self._loop, self._encode)
         self._llm = FleetLLM(vllm_config, client, self._loop, log_stats=not namespace.disable_log_stats)
         tasks = await self._llm.get_supported_tasks()
         app = build_app(namespace, tasks, self._llm.model_config)
+        setattr(app.state, RULES, PriorityRules(levels, dict(config.key_priorities)))
         add_routes(app)
         await init_app_state(self._llm, app.state, namespace, tasks)
         self._server = NoSignalServer(_uvicorn_config(app, namespace))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.levels import DEFAULT_LEVELS
+
 
 class GatewayConfig(msgspec.Struct, frozen=True):
     """One gateway to start."""
@@ -20,6 +23,9 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     """Address the inbox binds to and instances reach it at."""
     dispatch_timeout_s: float = 5.0
     """How long a request waits here while every instance refuses it."""
+    priority_levels: str = DEFAULT_LEVELS
+    key_priorities: tuple[tuple[str, int], ...] = ()
+    """(SHA-256 of an API key in hexadecimal, priority of its class)."""
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
 
@@ -35,6 +41,16 @@ class Member(msgspec.Struct, frozen=True):
     """Its Ray actor, whose end is its death notice; empty: nobody gives one, its silence must do."""
     state: str = "serving"
     """As the orchestrator last knew; the instance's own reports are what counts."""
+
+
+class Membership(msgspec.Struct, frozen=True):
+    """Whom a gateway may use, and who else does."""
+
+    members: tuple[Member, ...]
+    num_gateways: int
+    """That dispatch to them, this one too."""
+    dispatch: DispatchParams = DispatchParams()
+    """How an instance is chosen."""
 
 
 class GatewayStarted(msgspec.Struct, frozen=True):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from instance.messages import FleetMessage, OutputEntry
-from migration.types import InstanceId, RequestId
+from instance.messages import FleetMessage, OutputEntry, Submit
+from migration.types import Epoch, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.relay import Owner
 from orchestrator.policy.dispatch import DispatchParams
@@ -97,6 +97,21 @@ class Flight:
     last_refusal: str = ""
     sequence: int = 0
     sent_s: float = 0.0
+
+    def submission(self, gateway_address: str, epoch: Epoch) -> Submit:
+        """What is sent to an instance of that epoch."""
+        request = self.request
+        return Submit(
+            request_id=self.wire_id,
+            external_id=request.external_id,
+            gateway_address=gateway_address,
+            epoch=epoch,
+            sequence=self.sequence,
+            priority=request.priority,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_tokens=request.max_tokens,
+            payload=request.payload if self.attempt == 1 else request.payload_as(self.wire_id),
+        )
 
 
 @dataclass(slots=True)

@@ -8,10 +8,10 @@ to spare. Source of the band: Sun et al., Llumnix (OSDI'24).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from instance.messages import LoadReport, RequestLoad
-from orchestrator.policy.load import running_blocks
+from orchestrator.policy.load import LoadParams, running_blocks
 from orchestrator.policy.moves import InstanceView, freeness_steps, steps_left
 
 
@@ -42,6 +42,8 @@ class AutoscaleParams:
     """What moving one request costs besides its blocks: a hand-shake, a stop, a slot."""
     fixed_cost_blocks: float = 100_000.0
     """What a request that cannot be moved costs: its instance stays until it has ended."""
+    load: LoadParams = field(default_factory=LoadParams)
+    """The headroom that counts as used, as in every other freeness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def mean_steps(loads: list[LoadReport], num_pending: int, params: AutoscaleParam
     """Mean freeness, each instance's bounded by floor and cap; one that is to come counts as empty. None: nobody's."""
     if not loads:
         return None
-    bounded = [max(params.floor_steps, min(params.cap_steps, freeness_steps(load))) for load in loads]
+    bounded = [max(params.floor_steps, min(params.cap_steps, freeness_steps(load, params.load))) for load in loads]
     return (sum(bounded) + num_pending * params.cap_steps) / (len(bounded) + num_pending)
 
 
@@ -177,14 +179,16 @@ def steps_after(loads: list[LoadReport], params: AutoscaleParams) -> float:
     """Decode steps left for the fleet as a whole once one of these instances is gone and its load is not.
 
     Pooled, since moves and dispatch even the load out: blocks that nobody uses and nobody waits for, over all requests.
-    Cautious: all that waits counts, and the largest instance is taken to be the one that goes.
+    Cautious: all that waits counts, headroom once for each instance that has it now, and the largest instance is taken
+    to be the one that goes.
     """
     largest = max(loads, key=lambda load: load.total_blocks * load.block_size)
     spare = -float(largest.total_blocks * largest.block_size)
     num_requests = 0
     for load in loads:
         waiting = max(load.waiting_blocks, load.head_of_line_blocks)
-        used = running_blocks(load) + load.reserved_blocks + waiting
+        headroom = params.load.headroom_of(load.running_by_priority)
+        used = running_blocks(load) + load.reserved_blocks + waiting + headroom
         spare += (load.total_blocks - used) * load.block_size
         num_requests += load.num_running + load.num_waiting
     # An idle instance counts as a batch of one, as it does by itself.

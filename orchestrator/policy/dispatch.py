@@ -1,36 +1,37 @@
 """Which instance gets a new request? A book of what instances say and of what was sent since, and one pure choice.
 
 The book adds each own dispatch to the instance's load until a report arrives that has seen it, so that a burst between
-two reports spreads out instead of herding. It keeps its sums as columns, one row an instance, so that a choice among a
-thousand costs a few array operations; tests/support/slow_dispatch.py is the same choice written out, and tests hold the
-two together. A choice filters, scores and picks; the instance may still refuse.
+two reports spreads out instead of herding, also where several gateways see the same reports. It keeps its sums as
+columns, one row an instance (`columns.py`); tests/support/slow_dispatch.py is the same choice written out, and tests
+hold the two together. A choice filters, scores and picks; the instance may still refuse.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass
 
 from instance.lifecycle import State
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.load import LoadParams, virtual_usage_blocks
+from orchestrator.policy.columns import Columns, Dispatch, DispatchParams, Entry, Rule, Scores
+
+__all__ = [
+    "Choice",
+    "ClusterView",
+    "DispatchBook",
+    "DispatchParams",
+    "InstanceView",
+    "NoChoice",
+    "Rule",
+    "demand_blocks",
+]
 
 MAX_SEEN_KEPT = 4096
 """Dispatches that have been seen are dropped from the list by age once there are so many."""
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchParams:
-    max_report_age_s: float = 3.0
-    """An instance that has said nothing for so long gets no new request."""
-    load: LoadParams = field(default_factory=LoadParams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class InstanceView:
     epoch: Epoch
     report: LoadReport
     report_age_s: float
+    known_for_s: float
+    """Age of its first report."""
     num_dispatched: int
     """Own dispatches no report has seen yet."""
     dispatched_blocks: int
@@ -50,6 +53,8 @@ class InstanceView:
 @dataclass(frozen=True, slots=True)
 class ClusterView:
     instances: tuple[InstanceView, ...] = ()
+    num_gateways: int = 1
+    """That dispatch to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,115 +80,69 @@ def demand_blocks(num_prompt_tokens: int, block_size: int) -> int:
     return -(-(num_prompt_tokens + 1) // max(1, block_size))
 
 
-@dataclass(frozen=True, slots=True)
-class _Dispatch:
-    sequence: int
-    demand_blocks: int
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A member."""
-
-    epoch: Epoch
-    row: int = -1
-    """Its place in the columns."""
-    report: LoadReport | None = None
-    reported_s: float = -math.inf
-    last_sequence: int = 0
-    unseen: deque[_Dispatch] = field(default_factory=deque)
-    unseen_blocks: int = 0
-
-
-class _Columns:
-    """Of each member, in order of its id: what a choice needs to know."""
-
-    def __init__(self, entries: list[_Entry], params: LoadParams) -> None:
-        self._params = params
-        size = len(entries)
-        self.reported_s = _column(size)
-        self.total = _column(size)
-        self.usage = _column(size)
-        self.head_of_line = _column(size)
-        self.waiting = _column(size)
-        self.running = _column(size)
-        self.unseen = _column(size)
-        self.unseen_blocks = _column(size)
-        for entry in entries:
-            self.write(entry)
-
-    def write(self, entry: _Entry) -> None:
-        """What is known of it now. Usage is infinite where it does not serve."""
-        row, report = entry.row, entry.report
-        self.write_unseen(entry)
-        self.reported_s[row] = entry.reported_s
-        if report is None:
-            self.usage[row] = math.inf
-            return
-        self.total[row] = report.total_blocks
-        self.usage[row] = virtual_usage_blocks(report, self._params)
-        self.head_of_line[row] = report.head_of_line_blocks
-        self.waiting[row] = max(report.waiting_blocks, report.head_of_line_blocks)
-        self.running[row] = report.num_running
-
-    def write_unseen(self, entry: _Entry) -> None:
-        """Of what is known of it, the part that a dispatch changes."""
-        self.unseen[entry.row], self.unseen_blocks[entry.row] = len(entry.unseen), entry.unseen_blocks
-
-    def scores(self, demand_blocks: int) -> npt.NDArray[np.float64]:
-        """Freeness of each with own dispatches and this request on it, in decode steps; higher is better.
-
-        When that would be negative the request has to wait, and the score is minus the blocks short for *everything*
-        that waits there. Freeness itself would mislead: it ignores all but the head of the queue, and dividing a
-        negative number by a larger batch makes the fuller instance look better.
-        """
-        spare = self.total - self.usage - (self.unseen_blocks + demand_blocks)
-        steps = spare / np.maximum(1.0, self.running + self.unseen + 1.0)
-        short = spare + self.head_of_line - self.waiting
-        scores: npt.NDArray[np.float64] = np.where(spare >= 0, steps, short)
-        return scores
-
-
-def _column(size: int) -> Any:
-    return np.zeros(size, dtype=np.float64)
-
-
 class DispatchBook:
     """What each member last reported, and what was dispatched to it since. Members come and go by `set_members`."""
 
     def __init__(
-        self, params: DispatchParams | None = None, max_unseen: int = 4096, unseen_for_s: float = 10.0
+        self,
+        params: DispatchParams | None = None,
+        max_unseen: int = 4096,
+        unseen_for_s: float = 10.0,
+        gateway: str = "",
     ) -> None:
-        """`max_unseen`: dispatches of one instance remembered without a report. `unseen_for_s`: and for how long."""
+        """`max_unseen`: dispatches of one instance remembered without a report. `unseen_for_s`: and for how long.
+        `gateway`: whose book it is; each of several breaks ties its own way, so that not all choose the same one."""
         self._params = params or DispatchParams()
-        self._entries: dict[InstanceId, _Entry] = {}
+        self._gateway = gateway
+        self._num_gateways = 1
+        self._entries: dict[InstanceId, Entry] = {}
+        """In order of rows."""
         self._names: list[InstanceId] = []
-        self._columns = _Columns([], self._params.load)
+        self._columns = Columns([], self._params, 1)
         self._max_unseen = max_unseen
         self._unseen_for_s = unseen_for_s
         self._sent: deque[tuple[float, InstanceId, Epoch, int]] = deque()
         """(when, to whom, sequence), oldest first: what may have to be forgotten. Some have been seen since."""
         self._num_unseen = 0
+        self._last_row = -1
+        """Chosen last, for taking turns."""
+
+    @property
+    def params(self) -> DispatchParams:
+        return self._params
+
+    def set_params(self, params: DispatchParams) -> None:
+        """Choose by these from now on."""
+        if params != self._params:
+            self._params = params
+            self._columns = Columns(list(self._entries.values()), params, self._num_gateways)
 
     # ---- members and what they say
-    def set_members(self, members: Collection[tuple[InstanceId, Epoch]]) -> None:
-        """Keep only these; a new epoch starts with an empty page."""
+    def set_members(self, members: Collection[tuple[InstanceId, Epoch]], num_gateways: int | None = None) -> None:
+        """Keep only these; a new epoch starts with an empty page. `num_gateways`: that dispatch to them, this one too;
+        None: as many as before."""
         kept = dict(members)
+        if num_gateways is not None:
+            self._num_gateways = max(1, num_gateways)
         gone = [name for name, entry in self._entries.items() if kept.get(name) != entry.epoch]
         if gone:
             self._sent = deque(sent for sent in self._sent if sent[1] not in gone)
         self._entries = {
             name: known
             if (known := self._entries.get(name)) is not None and known.epoch == kept[name]
-            else _Entry(kept[name])
-            for name in sorted(kept)
+            else Entry(kept[name])
+            for name in sorted(kept, key=self._rank)
         }
         self._names = list(self._entries)
         for row, entry in enumerate(self._entries.values()):
             entry.row = row
         self._num_unseen = sum(len(entry.unseen) for entry in self._entries.values())
-        self._columns = _Columns(list(self._entries.values()), self._params.load)
+        self._columns = Columns(list(self._entries.values()), self._params, self._num_gateways)
         self._drop_seen()
+
+    def _rank(self, name: InstanceId) -> tuple[int, InstanceId]:
+        """The order of the rows, and so of ties: by name, and where there are several gateways in one of its own."""
+        return (zlib.crc32(f"{self._gateway}/{name}".encode()) if self._num_gateways > 1 else 0, name)
 
     def on_report(self, report: LoadReport, now_s: float) -> bool:
         """Take a report in. False: it is from no member, or older than the last one."""
@@ -192,10 +151,12 @@ class DispatchBook:
             return False
         if entry.report is not None and report.step < entry.report.step:
             return False
+        if entry.report is None:
+            entry.first_report_s = now_s
         entry.report, entry.reported_s = report, now_s
         while entry.unseen and entry.unseen[0].sequence <= report.submits_seen:
             self._forget_oldest(entry)
-        self._columns.write(entry)
+        self._columns.write_report(entry)
         self._drop_seen()
         return True
 
@@ -203,14 +164,14 @@ class DispatchBook:
         """Count a dispatch to a member and return its sequence number, from 1."""
         entry = self._entries[instance]
         entry.last_sequence += 1
-        entry.unseen.append(_Dispatch(entry.last_sequence, demand_blocks))
+        entry.unseen.append(Dispatch(entry.last_sequence, demand_blocks))
         entry.unseen_blocks += demand_blocks
         self._num_unseen += 1
         if len(entry.unseen) > self._max_unseen:
             self._forget_oldest(entry)
         self._sent.append((now_s, instance, entry.epoch, entry.last_sequence))
         self._drop_seen()
-        self._columns.write_unseen(entry)
+        self._columns.write_load(entry)
         return entry.last_sequence
 
     def on_not_taken(self, instance: InstanceId, epoch: Epoch, sequence: int) -> None:
@@ -221,7 +182,7 @@ class DispatchBook:
         kept = deque(sent for sent in entry.unseen if sent.sequence != sequence)
         self._num_unseen -= len(entry.unseen) - len(kept)
         entry.unseen, entry.unseen_blocks = kept, sum(sent.demand_blocks for sent in kept)
-        self._columns.write(entry)
+        self._columns.write_load(entry)
         self._drop_seen()
 
     # ---- what is known
@@ -241,32 +202,43 @@ class DispatchBook:
         return next((report.block_size for report in reports if report is not None), 16)
 
     def choose(self, demand_blocks: int, now_s: float, excluded: Collection[InstanceId] = ()) -> Choice | NoChoice:
-        """Pick the instance whose freeness with this request on it is highest; ties by fewest dispatched, then by id.
+        """Pick the instance whose score with this request is highest (`Columns.scores`); ties by fewest dispatched,
+        then by this gateway's own order.
 
         An instance it can never fit on is only asked when there is no other: its refusal then says so to the client.
         """
         self._forget_late(now_s)
         columns = self._columns
-        serving = np.isfinite(columns.usage)
-        fresh = serving & (now_s - columns.reported_s <= self._params.max_report_age_s)
-        candidates = fresh.copy() if excluded else fresh
-        for name in excluded:
-            if (entry := self._entries.get(name)) is not None:
-                candidates[entry.row] = False
-        num_candidates = int(np.count_nonzero(candidates))
+        columns.expire(now_s)
+        left_out = [self._entries[name].row for name in excluded if name in self._entries] if excluded else []
+        num_candidates = columns.num_usable - sum(map(columns.is_usable, left_out))
         if not num_candidates:
-            num_fresh = int(np.count_nonzero(fresh))
-            why = _why_nobody(self.view(now_s), int(np.count_nonzero(serving)), num_fresh)
-            return NoChoice(why, any_serving=bool(num_fresh))
-        large_enough = candidates & (columns.total >= demand_blocks)
-        scores = np.where(large_enough if large_enough.any() else candidates, columns.scores(demand_blocks), -math.inf)
-        best = np.flatnonzero(scores == scores.max())
-        row = int(best[np.argmin(columns.unseen[best])])
+            return self._nobody(now_s)
+        scores = columns.scores(demand_blocks, now_s, left_out)
+        row = self._next(scores) if self._params.rule is Rule.ROUND_ROBIN else self._best(scores)
         name = self._names[row]
         entry = self._entries[name]
         dispatched = f"{len(entry.unseen)} dispatched since its report"
-        reason = f"score {float(scores[row]):.2f} highest of {num_candidates} ({dispatched})"
+        why = "next" if self._params.rule is Rule.ROUND_ROBIN else f"score {scores[row]:.2f} highest"
+        reason = f"{why} of {num_candidates} ({dispatched})"
         return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s))
+
+    def _best(self, scores: Scores) -> int:
+        row = int(scores.argmax())
+        best = (scores == scores[row]).nonzero()[0]
+        return int(best[self._columns.unseen[best].argmin()]) if len(best) > 1 else row
+
+    def _next(self, scores: Scores) -> int:
+        possible = (scores > -math.inf).nonzero()[0]
+        later = possible[possible > self._last_row]
+        self._last_row = int(later[0] if len(later) else possible[0])
+        return self._last_row
+
+    def _nobody(self, now_s: float) -> NoChoice:
+        view = self.view(now_s)
+        num_serving = sum(seen.report.state == State.SERVING.value for seen in view.instances)
+        num_fresh = self._columns.num_usable
+        return NoChoice(_why_nobody(view, num_serving, num_fresh), any_serving=bool(num_fresh))
 
     def view(self, now_s: float) -> ClusterView:
         """What is known now, in order of instance id; members without a report are left out."""
@@ -278,12 +250,14 @@ class DispatchBook:
                     entry.epoch,
                     entry.report,
                     max(0.0, now_s - entry.reported_s),
+                    max(0.0, now_s - entry.first_report_s),
                     len(entry.unseen),
                     entry.unseen_blocks,
                 )
-                for name, entry in self._entries.items()
+                for name, entry in sorted(self._entries.items())
                 if entry.report is not None
-            )
+            ),
+            self._num_gateways,
         )
 
     # ---- what is forgotten
@@ -296,10 +270,10 @@ class DispatchBook:
                 continue
             while entry.unseen and entry.unseen[0].sequence <= sequence:
                 self._forget_oldest(entry)
-            self._columns.write(entry)
+            self._columns.write_load(entry)
         self._drop_seen()
 
-    def _forget_oldest(self, entry: _Entry) -> None:
+    def _forget_oldest(self, entry: Entry) -> None:
         entry.unseen_blocks -= entry.unseen.popleft().demand_blocks
         self._num_unseen -= 1
 
@@ -319,12 +293,10 @@ class DispatchBook:
             assert not sequences or sequences[-1] <= entry.last_sequence
             assert entry.unseen_blocks == sum(sent.demand_blocks for sent in entry.unseen)
             assert (entry.row, self._names[row]) == (row, name)
-        assert list(self._entries) == sorted(self._entries)
+        assert list(self._entries) == sorted(self._entries, key=self._rank)
         assert self._num_unseen == sum(len(entry.unseen) for entry in self._entries.values())
         assert len(self._sent) <= 2 * self._num_unseen + MAX_SEEN_KEPT
-        fresh = _Columns(list(self._entries.values()), self._params.load)
-        for column, values in vars(fresh).items():
-            assert column == "_params" or np.array_equal(values, getattr(self._columns, column)), f"{column} is stale"
+        self._columns.check_integrity(list(self._entries.values()))
 
 
 def _why_nobody(view: ClusterView, num_serving: int, num_fresh: int) -> str:

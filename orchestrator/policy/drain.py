@@ -5,10 +5,11 @@ What cannot be moved runs to its end where it is; what fits nowhere yet waits fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import RequestId
+from orchestrator.policy.load import LoadParams
 from orchestrator.policy.moves import InstanceView, Move, after_joining, freeness_steps
 
 
@@ -18,6 +19,7 @@ class DrainParams:
     """A request whose move ended without a commit is tried again after this long (longer than reports are old)."""
     max_moves: int = 16
     """Moves proposed in one tick."""
+    load: LoadParams = field(default_factory=LoadParams)
 
 
 @dataclass(slots=True)
@@ -41,11 +43,11 @@ def plan_drain(views: tuple[InstanceView, ...], resting: frozenset[RequestId], p
                 break
             if not request.movable or RequestId(request.request_id) in resting:
                 continue
-            destination = _freest(destinations, request)
+            destination = _freest(destinations, request, params.load)
             if destination is None:
                 continue
             slots_out -= 1
-            moves.append(_book(source, destination, request))
+            moves.append(_book(source, destination, request, params.load))
     return tuple(moves)
 
 
@@ -53,14 +55,14 @@ def _order(request: RequestLoad) -> tuple[int, int, str]:
     return (request.priority, request.num_prompt_tokens + request.num_output_tokens, request.request_id)
 
 
-def _freest(destinations: list[_Destination], request: RequestLoad) -> _Destination | None:
+def _freest(destinations: list[_Destination], request: RequestLoad, params: LoadParams) -> _Destination | None:
     """The freest instance with room for what the request holds now; ties by name."""
     able = (item for item in destinations if item.slots_in > 0 and item.load.free_blocks >= request.num_blocks)
-    return min(able, key=lambda item: (-freeness_steps(item.load), item.view.instance), default=None)
+    return min(able, key=lambda item: (-freeness_steps(item.load, params), item.view.instance), default=None)
 
 
-def _book(source: InstanceView, destination: _Destination, request: RequestLoad) -> Move:
-    before = freeness_steps(destination.load)
+def _book(source: InstanceView, destination: _Destination, request: RequestLoad, params: LoadParams) -> Move:
+    before = freeness_steps(destination.load, params)
     destination.load = after_joining(destination.load, request.priority, request.num_blocks)
     destination.slots_in -= 1
     return Move(

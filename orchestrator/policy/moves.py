@@ -8,7 +8,7 @@ import msgspec
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
-from orchestrator.policy.load import virtual_usage_blocks
+from orchestrator.policy.load import NO_HEADROOM, LoadParams, virtual_usage_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class InstanceView:
     """Migrations it may still send at once."""
     slots_in: int
     signal_age_s: float
+    copy_s_per_block: float = 0.0
+    """What its migrations have taken of late for a block that was copied; 0: not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,54 @@ class Move:
     """Age of the older of the two reports it rests on."""
 
 
-def freeness_steps(load: LoadReport) -> float:
+YOUNG_TOKENS = 64
+"""A request is expected to give at least so many tokens more, as far as it may."""
+COPY_TIME_WEIGHT = 0.2
+"""Weight of the newest migration in the smoothed time of a block: about the last ten count."""
+
+
+def smooth_copy_time(previous_s: float, num_blocks: int, duration_s: float) -> float:
+    """Exponentially weighted mean of the seconds a copied block took; the first migration counts whole."""
+    if num_blocks <= 0 or duration_s <= 0:
+        return previous_s
+    observed_s = duration_s / num_blocks
+    return observed_s if previous_s == 0.0 else previous_s + COPY_TIME_WEIGHT * (observed_s - previous_s)
+
+
+def expected_steps(request: RequestLoad) -> int:
+    """Decode steps it is expected to go on: as many as it has made, within its bound.
+
+    Lengths of answers have heavy tails, where what is still to come grows with what has been (a Pareto tail of exponent
+    2, that of the Zipf lengths in llumnix.md, has a mean residual equal to the present length).
+    """
+    return max(0, min(request.max_tokens - request.num_output_tokens, max(request.num_output_tokens, YOUNG_TOKENS)))
+
+
+def copy_steps(view: InstanceView, request: RequestLoad) -> float:
+    """Decode steps the source makes while the request is copied; 0 while nothing is known of either."""
+    step_time_s = view.load.step_time_s
+    return request.num_blocks * view.copy_s_per_block / step_time_s if step_time_s > 0 else 0.0
+
+
+def outlives_its_copy(view: InstanceView, request: RequestLoad) -> bool:
+    """Whether more is gained than it costs, both in decode steps of the source: while the copy goes on, both instances
+    hold the request's blocks; afterwards the source is rid of them for as long as the request lives. So it must be
+    expected to live for twice the time of its copy."""
+    return expected_steps(request) >= 2 * copy_steps(view, request)
+
+
+def freeness_steps(load: LoadReport, params: LoadParams = NO_HEADROOM) -> float:
     """Decode steps until memory is used up if every running request goes on: freeness in tokens; -inf unless it serves.
 
     A shortage is not divided by the batch: a larger batch would make it look smaller, and taking a request away could
     make it look larger. So a departure always raises the figure, and an arrival always lowers it.
     """
-    return steps_left(spare_blocks(load), load.num_running, load.block_size)
+    return steps_left(spare_blocks(load, params), load.num_running, load.block_size)
 
 
-def spare_blocks(load: LoadReport) -> float:
+def spare_blocks(load: LoadReport, params: LoadParams = NO_HEADROOM) -> float:
     """Blocks free of virtual usage; -inf unless it serves."""
-    return load.total_blocks - virtual_usage_blocks(load)
+    return load.total_blocks - virtual_usage_blocks(load, params)
 
 
 def steps_left(spare_blocks: float, num_running: int, block_size: int) -> float:

@@ -2,8 +2,10 @@
 
 First rule: repeatedly pair the instance with the lowest freeness with the one with the highest. The source must be
 short of memory, the destination not, and the move must pay: also after it the destination is freer than the source, by
-a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made. A
+a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made.
+Nor is one whose copy would take so long that the request had better stay: it must be expected to live twice as long. A
 blocked head of the queue makes freeness negative, hence its instance a source: room is made for it (defragmentation).
+So does a level whose headroom is not there: its less urgent neighbours move away (isolation), it never does for that.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ import bisect
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
+from orchestrator.policy.load import LoadParams
 from orchestrator.policy.moves import (
     InstanceView,
     Move,
     after_joining,
     after_leaving,
     freeness_steps,
+    outlives_its_copy,
     spare_blocks,
     steps_left,
 )
@@ -46,6 +50,8 @@ class RebalanceParams:
     max_destinations: int = 8
     """The freest ones at which some request of a source may pay: each of its requests is compared with so many. It
     bounds the work of a tick in a large fleet."""
+    load: LoadParams = field(default_factory=LoadParams)
+    """Headroom of each level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +70,19 @@ class _Side:
     load: LoadReport
     slots_out: int
     slots_in: int
-    steps: float
+    params: LoadParams
+    spare: float = 0.0
+    """Blocks free of virtual usage now."""
+    steps: float = 0.0
     """Its freeness now, in decode steps."""
+
+    def __post_init__(self) -> None:
+        self.look()
+
+    def look(self) -> None:
+        """After each change of its load."""
+        self.spare = spare_blocks(self.load, self.params)
+        self.steps = steps_left(self.spare, self.load.num_running, self.load.block_size)
 
 
 _Filed = tuple[float, InstanceId, _Side]
@@ -88,9 +105,7 @@ class _Plan:
         self._params = params
         self._taken: set[RequestId] = set(resting.requests)
         sides = [
-            _Side(view, view.load, view.slots_out, view.slots_in, freeness_steps(view.load))
-            for view in views
-            if not view.draining
+            _Side(view, view.load, view.slots_out, view.slots_in, params.load) for view in views if not view.draining
         ]
         self._sources = [_as_source(side) for side in sides if self._is_source(side)]
         """A heap, the least free first."""
@@ -120,11 +135,13 @@ class _Plan:
 
     def _best(self, source: _Side) -> tuple[_Side, RequestLoad, _Gain] | None:
         """The first request, in the order of the rule, that pays at the freest destination where one does."""
-        movable = [
-            request
-            for request in source.view.requests
-            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in self._taken
-        ]
+        for movable in _groups(source, self._taken, self._params):
+            found = self._best_of(source, movable)
+            if found is not None:
+                return found
+        return None
+
+    def _best_of(self, source: _Side, movable: list[RequestLoad]) -> tuple[_Side, RequestLoad, _Gain] | None:
         smallest = min((request.num_blocks for request in movable), default=None)
         if smallest is None:
             return None
@@ -139,14 +156,15 @@ class _Plan:
 
     def _asked(self, source: _Side, smallest: int) -> Iterator[_Side]:
         """The freest ones at which a request of `smallest` blocks would pay. The larger a request, the less free is the
-        destination after it, and the freer the source: where the smallest does not pay, none does."""
+        destination after it, and the freer the source: where the smallest does not pay, none does. (One that takes
+        its level's headroom along makes the source freer still, and the destination less free.)"""
         num_asked = 0
         for minus_steps, name, destination in self._destinations:
             if -minus_steps - source.steps <= self._params.margin_steps:
                 return
             if (source.view.instance, name) in self._resting.pairs:
                 continue
-            if not _may_pay(source.load, destination.load, smallest, self._params.margin_steps):
+            if not _may_pay(source, destination, smallest, self._params):
                 continue
             num_asked += 1
             if num_asked > self._params.max_destinations:
@@ -155,19 +173,20 @@ class _Plan:
 
     def _book(self, source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
         """Count the move as made: both sides stand elsewhere now."""
+        cause = _cause(source, self._params)
         del self._destinations[bisect.bisect_left(self._destinations, _as_destination(destination))]
         source.load = after_leaving(source.load, request.priority, request.num_blocks)
         source.slots_out -= 1
         destination.load = after_joining(destination.load, request.priority, request.num_blocks)
         destination.slots_in -= 1
         for side in (source, destination):
-            side.steps = freeness_steps(side.load)
+            side.look()
             if self._is_source(side):
                 heapq.heappush(self._sources, _as_source(side))
             elif self._is_destination(side):
                 bisect.insort(self._destinations, _as_destination(side))
         self._taken.add(RequestId(request.request_id))
-        return _move(source, destination, request, gain)
+        return _move(source, destination, request, gain, cause)
 
 
 def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
@@ -177,6 +196,38 @@ def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: Re
     `max_destinations` others; tests/support/slow_rebalance.py is the same rule without these short cuts.
     """
     return _Plan(views, resting, params).moves()
+
+
+def _groups(source: _Side, taken: set[RequestId], params: RebalanceParams) -> list[list[RequestLoad]]:
+    """The requests that may be asked, level by level, the least urgent first; together where levels have no headroom.
+
+    Where memory is short only of headroom, it is made by moving requests that are less urgent than the level it is for.
+    """
+    movable = [
+        request
+        for request in source.view.requests
+        if request.movable
+        and request.status == _RUNNING
+        and RequestId(request.request_id) not in taken
+        and outlives_its_copy(source.view, request)
+    ]
+    if not params.load.headroom_blocks:
+        return [movable]
+    clear_for = _kept_clear_for(source.load, params)
+    if clear_for is not None:
+        movable = [request for request in movable if request.priority > clear_for]
+    by_level: dict[float, list[RequestLoad]] = {}
+    for request in movable:
+        level = params.load.level(request.priority)
+        by_level.setdefault(math.inf if level is None else level, []).append(request)
+    return [by_level[level] for level in sorted(by_level, reverse=True)]
+
+
+def _kept_clear_for(load: LoadReport, params: RebalanceParams) -> int | None:
+    """Rank of the level whose headroom is all that this instance is short of, or None."""
+    if freeness_steps(load) < params.threshold_steps:
+        return None
+    return params.load.kept_clear_for(load.running_by_priority)
 
 
 def _order(request: RequestLoad) -> tuple[int, int, str]:
@@ -198,9 +249,11 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
         return None
     gain = _Gain(
         source_before=source.steps,
-        source_after=freeness_steps(after_leaving(source.load, request.priority, request.num_blocks)),
+        source_after=freeness_steps(after_leaving(source.load, request.priority, request.num_blocks), params.load),
         destination_before=destination.steps,
-        destination_after=freeness_steps(after_joining(destination.load, request.priority, request.num_blocks)),
+        destination_after=freeness_steps(
+            after_joining(destination.load, request.priority, request.num_blocks), params.load
+        ),
     )
     pays = (
         gain.destination_before - gain.source_before > params.margin_steps
@@ -210,20 +263,30 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
     return gain if pays else None
 
 
-def _may_pay(source: LoadReport, destination: LoadReport, num_blocks: int, margin_steps: float) -> bool:
+def _may_pay(source: _Side, destination: _Side, num_blocks: int, params: RebalanceParams) -> bool:
     """Whether the destination has room and would be freer than the source, after a request of that size had moved.
 
     As `_gain` tells it, without making the reports of afterwards: this is asked of every pair.
     """
-    if num_blocks > destination.free_blocks:
+    here, there = source.load, destination.load
+    if num_blocks > there.free_blocks:
         return False
-    freed = min(num_blocks, source.total_blocks - source.free_blocks)
-    after = steps_left(spare_blocks(destination) - num_blocks, destination.num_running + 1, destination.block_size)
-    return after - steps_left(spare_blocks(source) + freed, source.num_running - 1, source.block_size) > margin_steps
+    freed = min(num_blocks, here.total_blocks - here.free_blocks)
+    after = steps_left(destination.spare - num_blocks, there.num_running + 1, there.block_size)
+    return after - steps_left(source.spare + freed, here.num_running - 1, here.block_size) > params.margin_steps
 
 
-def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
-    blocked = source.view.load.head_of_line_blocks > source.view.load.free_blocks
+def _cause(source: _Side, params: RebalanceParams) -> str:
+    if source.view.load.head_of_line_blocks > source.view.load.free_blocks:
+        return "defragment"
+    clear_for = _kept_clear_for(source.load, params)
+    if clear_for is None:
+        return "rebalance"
+    headroom = params.load.headroom_of(source.load.running_by_priority)
+    return f"isolate: {headroom} blocks are kept free beside requests of priority {clear_for} or more urgent"
+
+
+def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain, cause: str) -> Move:
     return Move(
         request_id=RequestId(request.request_id),
         source=source.view.instance,
@@ -231,7 +294,7 @@ def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) 
         priority=request.priority,
         num_blocks=request.num_blocks,
         reason=(
-            f"{'defragment' if blocked else 'rebalance'}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
+            f"{cause}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
             f"destination {gain.destination_before:.0f} -> {gain.destination_after:.0f} decode steps left"
         ),
         signal_age_s=max(source.view.signal_age_s, destination.view.signal_age_s),

@@ -11,13 +11,17 @@ import msgspec
 from instance.mailbox import Mailbox
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator import log
-from orchestrator.admin.service import AdminServer
+from orchestrator.admin.server import AdminServer
 from orchestrator.core import Orchestrator
-from orchestrator.errors import StartUpError
+from orchestrator.errors import JournalError, StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
 from orchestrator.policy.autoscale import AutoscaleParams
+from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.drain import DrainParams
+from orchestrator.policy.levels import parse_levels
+from orchestrator.policy.load import LoadParams
 from orchestrator.policy.rebalance import RebalanceParams
-from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.journal import Journal, JournalParams
 from orchestrator.runtime.launch import RayLauncher
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
 from orchestrator.runtime.ray_cluster import RayCluster, Resources
@@ -49,18 +53,19 @@ class OrchestratorActor:
         except ValueError as error:
             raise StartUpError(str(error)) from error
         await self._mailbox.open(spec.host)
-        self._journal = Journal(Path(spec.journal), spec.journal_max_bytes) if spec.journal else None
+        core = Orchestrator(core_params(spec))
+        self._journal = _journal(spec, core)
         cluster = RayCluster(is_ours=False)
         loop = OrchestratorLoop(
-            Orchestrator(core_params(spec)),
+            core,
             cluster,
             self._mailbox,
             LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
             self._journal,
             _launcher(cluster, spec.scaling) if spec.scaling is not None else None,
         )
-        self._server = AdminServer(loop)
-        address = await self._server.start(spec.host, spec.admin_port)
+        self._server = AdminServer(loop, spec.admin_access)
+        address = await self._server.start(spec.admin_host, spec.admin_port)
         self._loop = loop
         self._running = asyncio.get_running_loop().create_task(loop.run())
         await asyncio.sleep(0)  # let `run` open its task group: what comes next starts tasks in it
@@ -90,24 +95,43 @@ class OrchestratorActor:
             self._loop.stop()
             await asyncio.wait([self._running], timeout=STOP_GRACE_S)
         if self._journal is not None:
-            self._journal.close()
+            await asyncio.to_thread(self._journal.close)
         if self._mailbox is not None:
             self._mailbox.close()
 
 
+def _journal(spec: OrchestratorSpec, core: Orchestrator) -> Journal | None:
+    if not spec.journal:
+        return None
+    params = JournalParams(max_part_bytes=spec.journal_part_bytes, max_parts=spec.journal_parts)
+    try:
+        return Journal(Path(spec.journal), core, asyncio.get_running_loop().time(), params)
+    except JournalError as error:
+        raise StartUpError(str(error)) from error
+    except OSError as error:
+        raise StartUpError(f"--journal: {error}") from error
+
+
 def core_params(spec: OrchestratorSpec) -> CoreParams:
+    levels = parse_levels(spec.priority_levels)
     return CoreParams(
         rebalance=RebalanceParams(
-            threshold_steps=spec.threshold_steps, margin_steps=spec.margin_steps, rest_s=spec.rest_s
+            threshold_steps=spec.threshold_steps,
+            margin_steps=spec.margin_steps,
+            rest_s=spec.rest_s,
+            load=levels.load_params,
         ),
+        dispatch=DispatchParams(rule=spec.dispatch, load=levels.load_params),
+        drain=DrainParams(load=levels.load_params),
+        levels=levels,
         is_rebalancing=spec.rebalance,
         max_migrations_out=spec.max_migrations,
         max_migrations_in=spec.max_migrations,
-        scaling=_scaling_params(spec.scaling) if spec.scaling is not None else ScalingParams(),
+        scaling=_scaling_params(spec.scaling, levels.load_params) if spec.scaling is not None else ScalingParams(),
     )
 
 
-def _scaling_params(spec: ScalingSpec) -> ScalingParams:
+def _scaling_params(spec: ScalingSpec, load: LoadParams) -> ScalingParams:
     autoscale = AutoscaleParams(
         low_steps=spec.low_steps,
         high_steps=spec.high_steps,
@@ -116,6 +140,7 @@ def _scaling_params(spec: ScalingSpec) -> ScalingParams:
         period_s=spec.period_s,
         cooldown_s=spec.cooldown_s,
         settle_s=spec.cooldown_s,
+        load=load,
     )
     return ScalingParams(
         can_start=True,

@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TypeVar
 
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
 from orchestrator import config_scaling
-from orchestrator.config import AS_SUITS, Engine, Placement, ServeConfig
+from orchestrator.config import AS_SUITS, Engine, Placement, ServeConfig, server_access
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.runtime import checks
@@ -119,6 +120,8 @@ def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
             port=config.port,
             gateway=f"gateway-{index}",
             reuse_port=config.gateways > 1,
+            priority_levels=config.priority_levels,
+            key_priorities=config.key_priorities,
             token=token,
         )
         for index in range(config.gateways)
@@ -152,15 +155,21 @@ async def compose(
     spec = OrchestratorSpec(
         host=LOCAL,
         admin_port=config.admin_port,
+        admin_host=config.admin_host,
+        admin_access=server_access(config),
         instances=instance_seats,
         gateways=gateway_seats,
         tick_s=config.tick_s,
+        dispatch=config.dispatch,
         rebalance=config.rebalance,
         threshold_steps=config.threshold_steps,
         margin_steps=config.margin_steps,
         rest_s=config.rest_s,
         max_migrations=config.max_migrations,
-        journal=config.journal,
+        journal=_whole_path(config.journal),
+        journal_part_bytes=config.journal_part_mib << 20,
+        journal_parts=config.journal_parts,
+        priority_levels=config.priority_levels,
         log_level=config.log_level,
         token=token,
         scaling=scaling_spec(config, specs[0], resources),
@@ -220,6 +229,11 @@ async def _reported(name: str, work: Coroutine[None, None, Started], on_progress
     except (ActorGone, CallFailed, StartUpError) as error:
         on_progress(Progress(name, Phase.FAILED, str(error)))
         raise StartUpError(f"{name}: {error}") from error
+
+
+def _whole_path(path: str) -> str:
+    """Of a file that another process opens, in whatever folder that one works."""
+    return str(Path(path).absolute()) if path else ""
 
 
 def _engine_name(kind: EngineKind) -> str:

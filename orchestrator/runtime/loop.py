@@ -13,23 +13,25 @@ from typing import assert_never
 
 from instance.mailbox import Mailbox
 from instance.messages import LoadReport, RequestReport, Subscribe
-from instance.spec import MigrationSummary
-from migration.types import Outcome
 from orchestrator.core import Orchestrator
 from orchestrator.effects import (
     AnnounceScaling,
     Answer,
     Effect,
+    EndRequest,
     FenceInstance,
     Member,
+    PolicyUpdated,
     Result,
     SetDraining,
+    SetPriority,
     StartInstance,
     StartMigration,
     StopInstance,
     UpdateMembers,
+    WithdrawMigration,
 )
-from orchestrator.errors import ActorGone, CallFailed, LimitExceeded
+from orchestrator.errors import ActorGone, CallFailed, LimitExceeded, RefusalKind
 from orchestrator.events import (
     DrainingSet,
     Event,
@@ -38,7 +40,7 @@ from orchestrator.events import (
     InstanceLost,
     InstanceStarted,
     MigrationEnded,
-    MigrationFigures,
+    PriorityAnswered,
     ReportReceived,
     RequestsReceived,
     Ticked,
@@ -46,10 +48,13 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.log import fields, logger
-from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.cancelling import end_request, withdraw
+from orchestrator.runtime.journal import Journal, decided
 from orchestrator.runtime.keeper import InstanceKeeper, NoLauncher
+from orchestrator.runtime.migrating import migrate
 from orchestrator.runtime.ports import Fleet, Launcher
 from orchestrator.state import Snapshot
+from orchestrator.tuning import Policy
 
 _log = logger("orchestrator")
 
@@ -95,7 +100,8 @@ class OrchestratorLoop:
         self._stopping = asyncio.Event()
         self._tokens = count(1)
         self._callers: dict[Token, asyncio.Future[Result]] = {}
-        self._members: tuple[Member, ...] = ()
+        self._told: UpdateMembers | None = None
+        """What gateways are to know."""
         self._members_changed = asyncio.Event()
         self._gateways_know = asyncio.Event()
         self._gateways: dict[str, str] = {}
@@ -127,6 +133,9 @@ class OrchestratorLoop:
     def snapshot(self) -> Snapshot:
         return self._core.snapshot(self._now_s())
 
+    def policy(self) -> Policy:
+        return self._core.policy()
+
     async def ask(self, make: Callable[[Token], Event]) -> Result:
         """Put a command to the core and wait for its answer; a cancelled caller is forgotten there, too."""
         token = Token(next(self._tokens))
@@ -144,9 +153,7 @@ class OrchestratorLoop:
     def handle(self, event: Event) -> None:
         """Give the core one event and carry out what it asks for."""
         now_s = self._now_s()
-        effects = self._core.on(event, now_s)
-        if self._journal is not None:
-            self._journal.write(event, effects, now_s)
+        effects = decided(self._core, event, now_s, self._journal)
         self._watch(event)
         for effect in effects:
             self._carry_out(effect)
@@ -199,9 +206,21 @@ class OrchestratorLoop:
             case SetDraining():
                 _log.info("set draining %s", fields(instance=effect.instance, draining=effect.draining))
                 self._spawn(self._set_draining(effect), f"draining-{effect.instance}")
+            case SetPriority():
+                _log.info(
+                    "set priority %s",
+                    fields(
+                        number=effect.number,
+                        request=effect.request_id,
+                        instance=effect.owner.instance,
+                        priority=effect.priority,
+                        reason=effect.reason,
+                    ),
+                )
+                self._spawn(self._set_priority(effect), f"priority-{effect.number}")
             case UpdateMembers():
                 _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
-                self._members = effect.members
+                self._told = effect
                 self._members_changed.set()
                 self._gateways_know.clear()
             case FenceInstance():
@@ -213,7 +232,14 @@ class OrchestratorLoop:
                 self._spawn(self._keeper.stop(effect), f"stop-{effect.instance}-{effect.epoch}")
             case AnnounceScaling():
                 self._keeper.announce(effect)
+            case EndRequest():
+                _log.info("end request %s", fields(request=effect.request_id, reason=effect.reason))
+                self._spawn(self._end_request(effect), f"end-{effect.request_id}")
+            case WithdrawMigration():
+                _log.info("call migration off %s", fields(number=effect.number, reason=effect.reason))
+                self._spawn(self._withdraw(effect), f"withdraw-{effect.number}")
             case Answer(token=token, result=result):
+                _audit(result)
                 caller = self._callers.get(token)
                 if caller is not None and not caller.done():
                     caller.set_result(result)
@@ -222,20 +248,8 @@ class OrchestratorLoop:
 
     # ------------------------------------------------------------------ effects
     async def _migrate(self, effect: StartMigration) -> None:
-        try:
-            summary = await self._fleet.migrate(
-                self._actor_name(effect.source.instance),
-                effect.request_id,
-                effect.destination,
-                effect.mode,
-                self._params.migrate_timeout_s,
-            )
-        except ActorGone as error:
-            self.handle(MigrationEnded(effect.number, Outcome.SOURCE_LOST, str(error), MigrationFigures()))
-        except CallFailed as error:
-            self.handle(MigrationEnded(effect.number, Outcome.FAULT, str(error), MigrationFigures()))
-        else:
-            self.handle(ended(effect, summary))
+        source = self._actor_name(effect.source.instance)
+        self.handle(await migrate(self._fleet, effect, source, self._params.migrate_timeout_s))
 
     async def _set_draining(self, effect: SetDraining) -> None:
         error: str | None = None
@@ -246,6 +260,29 @@ class OrchestratorLoop:
         except (ActorGone, CallFailed) as failure:
             error = str(failure)
         self.handle(DrainingSet(effect.instance, effect.epoch, effect.draining, error))
+
+    async def _end_request(self, effect: EndRequest) -> None:
+        inboxes = [member.incarnation.address for member in self._members]
+        gateways, timeout_s = tuple(self._gateways.values()), self._params.call_timeout_s
+        self.handle(await end_request(self._fleet, self._mailbox, effect, gateways, inboxes, timeout_s))
+
+    async def _withdraw(self, effect: WithdrawMigration) -> None:
+        source = self._actor_name(effect.source.instance)
+        self.handle(await withdraw(self._fleet, effect, source, self._params.call_timeout_s))
+
+    async def _set_priority(self, effect: SetPriority) -> None:
+        number, owner = effect.number, effect.owner.instance
+        try:
+            answer = await self._fleet.set_priority(
+                self._actor_name(owner), effect.request_id, effect.priority, self._params.call_timeout_s
+            )
+        except ActorGone as error:
+            self.handle(PriorityAnswered(number, None, RefusalKind.OVERTAKEN, str(error)))
+        except CallFailed as error:
+            reason = f"{error}; whether it was set is not known, and setting it again is safe"
+            self.handle(PriorityAnswered(number, None, RefusalKind.UNAVAILABLE, reason))
+        else:
+            self.handle(PriorityAnswered(number, answer))
 
     async def _fence(self, effect: FenceInstance, peer_actor: str) -> None:
         """Tell one peer until it knows or is gone itself: until then it heeds what the dead one still says."""
@@ -292,22 +329,25 @@ class OrchestratorLoop:
         while True:
             await asyncio.sleep(self._params.tick_s)
             self.handle(Ticked())
-            if self._journal is not None:
-                self._journal.flush()
+
+    @property
+    def _members(self) -> tuple[Member, ...]:
+        return self._told.members if self._told is not None else ()
 
     async def _tell_gateways(self) -> None:
         """Push the latest membership to all gateways, one push at a time so that no older one overtakes a newer one."""
         while True:
             await self._members_changed.wait()
             self._members_changed.clear()
-            members = self._members
-            await asyncio.gather(*(self._tell(actor_name, members) for actor_name in self._gateways.values()))
+            told = self._told
+            if told is not None:
+                await asyncio.gather(*(self._tell(actor_name, told) for actor_name in self._gateways.values()))
             if not self._members_changed.is_set():
                 self._gateways_know.set()
 
-    async def _tell(self, actor_name: str, members: tuple[Member, ...]) -> None:
+    async def _tell(self, actor_name: str, told: UpdateMembers) -> None:
         try:
-            await self._fleet.set_members(actor_name, members, self._params.call_timeout_s)
+            await self._fleet.set_members(actor_name, told, self._params.call_timeout_s)
         except ActorGone:
             return  # its death notice is on its way
         except CallFailed as error:
@@ -330,17 +370,8 @@ class OrchestratorLoop:
         return asyncio.get_running_loop().time()
 
 
-def ended(effect: StartMigration, summary: MigrationSummary) -> MigrationEnded:
-    """The event that a source's summary stands for."""
-    figures = MigrationFigures(
-        cached_tokens=summary.cached_tokens,
-        moved_tokens=summary.moved_tokens,
-        num_stages=summary.num_stages,
-        copied_blocks=summary.copied_blocks,
-        tail_blocks=summary.tail_blocks,
-        num_bytes=summary.num_bytes,
-        duration_s=summary.duration_s,
-        stopped_s=summary.stopped_s,
-        steps_during_copy=summary.steps_during_copy,
-    )
-    return MigrationEnded(effect.number, Outcome(summary.outcome), summary.reason, figures)
+def _audit(result: Result) -> None:
+    """A change of the policy is logged with its values; the journal has it with the command."""
+    if isinstance(result, PolicyUpdated) and not result.validate_only:
+        for path, before, after in result.changes:
+            _log.info("policy changed %s", fields(parameter=path, before=before, after=after))

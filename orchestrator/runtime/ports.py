@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from instance.spec import MigrationSummary
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member
+from orchestrator.effects import UpdateMembers
 from orchestrator.events import InstanceStarted
 
 
@@ -18,12 +19,23 @@ class Fleet(Protocol):
     ) -> MigrationSummary:
         """Have the source move one request and wait for the end of it, whatever the outcome."""
 
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        """Have a gateway end the stream of this request, and the request; False: it has no such stream."""
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        """Have the source give the request's migration up; False: none is under way. Its `migrate` call still tells how
+        it ended."""
+
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None: ...
+
+    async def set_priority(
+        self, actor_name: str, request_id: str, priority: int, timeout_s: float
+    ) -> PriorityAnswer: ...
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None: ...
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
-        """Tell a gateway who is there."""
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
+        """Tell a gateway who is there, how many gateways dispatch to them, and how."""
 
     async def wait_dead(self, actor_name: str) -> str:
         """Return, with the reason in one line, once the actor's process is gone."""

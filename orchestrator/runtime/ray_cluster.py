@@ -19,8 +19,9 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RaySystemError
 
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member
+from orchestrator.effects import UpdateMembers
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway import spec as gateway_spec
 from orchestrator.runtime.reaper import Reaper
@@ -258,14 +259,24 @@ class RayCluster:
         answer = await self._call(actor_name, "migrate", timeout_s, request_id, msgspec.json.encode(destination), mode)
         return msgspec.json.decode(answer, type=MigrationSummary)
 
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        return bool(await self._call(actor_name, "cancel_request", timeout_s, request_id))
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        return bool(await self._call(actor_name, "cancel_migration", timeout_s, request_id, reason))
+
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         await self._call(actor_name, "drain" if draining else "undrain", timeout_s)
+
+    async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:
+        answer = await self._call(actor_name, "set_priority", timeout_s, request_id, priority)
+        return msgspec.json.decode(answer, type=PriorityAnswer)
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         await self._call(actor_name, "member_lost", timeout_s, instance, epoch)
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
-        told = tuple(
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
+        members = tuple(
             gateway_spec.Member(
                 instance=member.incarnation.instance,
                 epoch=member.incarnation.epoch,
@@ -273,9 +284,10 @@ class RayCluster:
                 actor_name=member.actor_name,
                 state=member.state.value,
             )
-            for member in members
+            for member in told.members
         )
-        await self._call(actor_name, "set_members", timeout_s, msgspec.json.encode(told))
+        membership = gateway_spec.Membership(members, told.num_gateways, told.dispatch)
+        await self._call(actor_name, "set_members", timeout_s, msgspec.json.encode(membership))
 
     async def wait_dead(self, actor_name: str) -> str:
         try:

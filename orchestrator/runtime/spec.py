@@ -5,6 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from instance.spec import InstanceSpec
+from orchestrator.access import ServerAccess
+from orchestrator.policy.dispatch import Rule
+from orchestrator.policy.levels import DEFAULT_LEVELS
 
 
 class InstanceSeat(msgspec.Struct, frozen=True):
@@ -55,21 +58,28 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     """What the orchestrator's actor needs to start."""
 
     host: str
+    """Where the inbox listens."""
     admin_port: int
     """0: any free one."""
+    admin_host: str = "127.0.0.1"
+    admin_access: ServerAccess = ServerAccess()
+    """Token and key are secret; never logged."""
     instances: tuple[InstanceSeat, ...] = ()
     gateways: tuple[GatewaySeat, ...] = ()
     tick_s: float = 0.5
+    dispatch: Rule = Rule.FREENESS
     rebalance: bool = True
     threshold_steps: float = 512.0
     margin_steps: float = 64.0
     rest_s: float = 10.0
     max_migrations: int = 2
     """In and out per instance."""
+    priority_levels: str = DEFAULT_LEVELS
     migrate_timeout_s: float = 3600.0
     journal: str = ""
     """File of events and decisions; none when empty."""
-    journal_max_bytes: int = 64 << 20
+    journal_part_bytes: int = 32 << 20
+    journal_parts: int = 4
     log_level: str = "INFO"
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""

@@ -95,6 +95,19 @@ def test_the_least_urgent_running_request_is_preempted_first(tight: EnginePair) 
     tight.finish(tight.first, bulk)
 
 
+def test_one_that_is_made_urgent_while_it_runs_is_no_longer_the_one_preempted(tight: EnginePair) -> None:
+    first = tight.add(tight.first, Shape(120, 150, prompt_key=1, priority=-1))
+    raised = tight.add(tight.first, Shape(120, 150, prompt_key=2, priority=5))
+    tight.decode_until(tight.first, raised, 5)
+    tight.first.set_priority(raised, -10)
+    tight.finish(tight.first, raised)
+    assert not tight.is_finished(first) and tight.first.load().num_preemptions >= 1
+    tight.finish(tight.first, first)
+    for request, key in ((first, 1), (raised, 2)):
+        expected = expected_output(FakeRequest(prompt_of(Shape(120, 150, prompt_key=key)), 150))
+        assert tuple(tight.tokens(request)) == expected
+
+
 def test_the_urgent_one_of_those_that_wait_is_admitted_first(pair: EnginePair) -> None:
     blockers = [pair.add(pair.first, Shape(20, 5 + i, prompt_key=i)) for i in range(8)]
     pair.step(pair.first)
@@ -212,6 +225,9 @@ def test_any_order_of_moves_under_traffic_is_exact_and_leaks_nothing(seed: int) 
             for engine in (pair.first, pair.second):
                 if engine.has_work():
                     pair.step(engine)
+            changed = rng.choice([*where, pair.new_id()])
+            if changed in where:
+                where[changed].set_priority(changed, rng.randrange(-2, 4))
             alive = [request for request in where if len(pair.tokens(request)) < shapes[request].max_tokens - 8]
             if alive and rng.random() < 0.4:
                 request = rng.choice(alive)

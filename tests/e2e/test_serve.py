@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 
@@ -120,6 +121,20 @@ async def test_a_drain_under_load_moves_the_streams_and_none_of_them_notices(ser
     assert done.status == 0 and "instance-0 is empty" in done.out, done
     assert await asyncio.gather(*reading) == [alone] * 6
     assert (await asyncio.to_thread(serving.command, "undrain", "instance-0")).status == 0
+
+
+async def test_a_stream_that_the_operator_ends_says_so_and_the_others_go_on(serving: Serving) -> None:
+    alone = await text_of(serving, "not-ended-alone", 600)
+    ended = asyncio.create_task(text_of(serving, "to-be-ended", NUM_TOKENS))
+    other = asyncio.create_task(text_of(serving, "not-ended", 600))
+    (name,) = await owners_of(serving, "to-be-ended")
+    await owners_of(serving, "not-ended")
+    done = await asyncio.to_thread(serving.command, "cancel", name)
+    assert done.status == 0 and f"{name} was ended" in done.out, done
+    with pytest.raises(openai.APIError, match="the operator of this service ended the request"):
+        await ended
+    assert await other == alone
+    await owners_of(serving, "to-be-ended", lambda owners: not owners)
 
 
 async def test_a_killed_instance_leaves_the_gateways_answering_and_the_other_serving(serving: Serving) -> None:

@@ -12,63 +12,21 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from instance.mailbox import Mailbox
-from migration.types import Epoch, Incarnation, InstanceId
+from instance.types import PriorityAnswer, PriorityOutcome
 from orchestrator.admin.client import AdminClient
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
-from orchestrator.admin.service import MAX_MESSAGE_BYTES, SERVICE, AdminServer
-from orchestrator.core import Orchestrator
+from orchestrator.admin.server import MAX_CONCURRENT_RPCS, MAX_MESSAGE_BYTES, SERVICE, AdminServer
 from orchestrator.errors import StartUpError, Unreachable
-from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
-from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
-from orchestrator.state import CoreParams
-from tests.support.fake_cluster import FakeCluster
-from tests.support.reports import load_report, request_load, request_report
-
-GATEWAY = "kvferry-gateway-0"
-
-
-class World:
-    """A loop with two instances and a gateway, its admin server, and a stock client."""
-
-    def __init__(self, loop: OrchestratorLoop, cluster: FakeCluster, address: str) -> None:
-        self.loop, self.cluster, self.address = loop, cluster, address
-        self.channel = grpc.aio.insecure_channel(address)
-        self.stub = pb_grpc.AdminServiceStub(self.channel)
-
-    def reports(self, instance: str, *request_ids: str, step: int = 1, state: str = "serving") -> None:
-        num = len(request_ids)
-        load = load_report(instance, step=step, state=state, num_running=num, free_blocks=1000 - 10 * num)
-        self.loop.handle(ReportReceived(load))
-        self.loop.handle(RequestsReceived(request_report(instance, *map(request_load, request_ids), step=step)))
+from tests.support.admin_world import GATEWAY, World, admin_world
+from tests.support.reports import request_load
 
 
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
-    cluster, mailbox = FakeCluster(), Mailbox("test")
-    await mailbox.open()
-    params = LoopParams(tick_s=0.02)
-    loop = OrchestratorLoop(Orchestrator(CoreParams()), cluster, mailbox, params)
-    running = asyncio.create_task(loop.run())
-    await asyncio.sleep(0)
-    server = AdminServer(loop)
-    made = World(loop, cluster, await server.start("127.0.0.1", 0))
-    loop.add(GatewayStarted("gateway-0", GATEWAY, "http://127.0.0.1:8000"))
-    for name in ("instance-0", "instance-1"):
-        incarnation = Incarnation(InstanceId(name), Epoch(1), "tcp://127.0.0.1:1")
-        loop.add(InstanceStarted(incarnation, f"kvferry-{name}-1", "tiny", 16, 1000, process_id=7))
-    made.reports("instance-0", "cmpl-1", "cmpl-2")
-    made.reports("instance-1")
-    try:
+    async with admin_world() as made:
         yield made
-    finally:
-        await made.channel.close()
-        await server.stop(0)
-        loop.stop()
-        await running
-        mailbox.close()
 
 
 async def status_of(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
@@ -99,6 +57,42 @@ async def test_requests_come_in_pages(world: World) -> None:
     assert rest.requests[0].name == "requests/cmpl-2" and not rest.next_page_token
 
 
+async def test_a_page_ends_before_it_is_too_large_for_a_message(world: World) -> None:
+    requests = [request_load(f"r{number:04d}", external_id="x" * 1000) for number in range(6000)]
+    world.runs("instance-0", *requests)
+    names, token, num_pages = list[str](), "", 0
+    while token or not num_pages:
+        page = await world.stub.ListRequests(pb.ListRequestsRequest(page_size=10_000, page_token=token))
+        assert page.ByteSize() < MAX_MESSAGE_BYTES and page.total_size == 6000
+        names += [item.name for item in page.requests]
+        token, num_pages = page.next_page_token, num_pages + 1
+    assert names == [f"requests/{request.request_id}" for request in requests] and num_pages > 1
+
+
+async def test_calls_at_once_are_bounded(world: World) -> None:
+    """Each connection carries so many; those beyond what the server takes in all are refused."""
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(world.address, options=own_connection) for _ in range(3)]
+    drains = []
+    for number in range(MAX_CONCURRENT_RPCS):
+        stub = pb_grpc.AdminServiceStub(channels[number * 2 // MAX_CONCURRENT_RPCS])
+        drains.append(stub.DrainInstance(pb.DrainInstanceRequest(name="instances/instance-0", wait=True)))
+    await asyncio.gather(*(drain.read() for drain in drains))
+    refused = pb_grpc.AdminServiceStub(channels[2]).GetPolicy(pb.GetPolicyRequest())
+    assert (await status_of(refused))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for drain in drains:
+        drain.cancel()
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await pb_grpc.AdminServiceStub(channels[2]).GetPolicy(pb.GetPolicyRequest())
+            except grpc.aio.AioRpcError:
+                continue
+            break
+    for channel in channels:
+        await channel.close()
+
+
 async def test_a_migration_is_answered_when_it_has_ended_and_is_listed(world: World) -> None:
     ask = pb.MigrateRequestRequest(
         name="requests/client-cmpl-1", destination="instances/instance-1", mode=pb.MIGRATION_MODE_BLOCKING
@@ -117,6 +111,60 @@ async def test_a_migration_whose_source_dies_is_an_outcome_and_no_error(world: W
         assert (await world.stub.MigrateRequest(ask)).migration.outcome == pb.MIGRATION_OUTCOME_SOURCE_LOST
     except grpc.aio.AioRpcError as error:
         assert error.code() is grpc.StatusCode.NOT_FOUND, "the death was noticed before the command came"
+
+
+async def test_a_change_of_priority_is_made_by_the_owner_and_answered_with_its_effect(world: World) -> None:
+    ask = pb.SetRequestPriorityRequest(name="requests/client-cmpl-1", level="high")
+    answer = await world.stub.SetRequestPriority(ask)
+    assert world.cluster.priorities == [("kvferry-instance-0-1", "cmpl-1", -10)]
+    assert (answer.name, answer.instance) == ("requests/cmpl-1", "instances/instance-0")
+    assert (answer.previous_priority, answer.priority, answer.status) == (0, -10, "running")
+    assert answer.change == "normal (0) -> high (-10)" and answer.effect
+    listed = await world.stub.ListRequests(pb.ListRequestsRequest())
+    assert [item.priority for item in listed.requests] == [-10, 0]
+
+
+async def test_a_change_of_priority_follows_a_request_that_has_just_been_handed_over(world: World) -> None:
+    move = pb.MigrateRequestRequest(name="requests/cmpl-1", destination="instances/instance-1")
+    await world.stub.MigrateRequest(move)
+    world.cluster.priority_answers.append(PriorityAnswer(PriorityOutcome.NOT_HERE, reason="gone"))
+    answer = await world.stub.SetRequestPriority(pb.SetRequestPriorityRequest(name="requests/cmpl-1", level="-5"))
+    assert answer.instance == "instances/instance-1"
+    assert [actor for actor, *_ in world.cluster.priorities] == ["kvferry-instance-0-1", "kvferry-instance-1-1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "given", "code"),
+    [
+        ("requests/x", "high", None, grpc.StatusCode.NOT_FOUND),
+        ("requests/cmpl", "high", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/", "high", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/cmpl-1", "urgent", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/cmpl-1", "", None, grpc.StatusCode.INVALID_ARGUMENT),
+        ("requests/cmpl-1", "high", PriorityOutcome.NOT_HERE, grpc.StatusCode.NOT_FOUND),
+        ("requests/cmpl-1", "high", PriorityOutcome.UNSUPPORTED, grpc.StatusCode.FAILED_PRECONDITION),
+        ("requests/cmpl-1", "high", PriorityOutcome.ON_THE_MOVE, grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+async def test_each_refusal_to_change_a_priority_has_its_status_code(
+    world: World, name: str, level: str, given: PriorityOutcome | None, code: grpc.StatusCode
+) -> None:
+    if given is not None:
+        world.cluster.priority_answers.append(PriorityAnswer(given, reason="because"))
+    call = world.stub.SetRequestPriority(pb.SetRequestPriorityRequest(name=name, level=level))
+    found, details = await status_of(call)
+    assert found is code and details
+
+
+async def test_an_instance_that_does_not_answer_is_unavailable_and_one_that_died_is_aborted(world: World) -> None:
+    ask = pb.SetRequestPriorityRequest(name="requests/cmpl-1", level="high")
+    world.cluster.failures_left["kvferry-instance-0-1"] = 1
+    code, details = await status_of(world.stub.SetRequestPriority(ask))
+    assert code is grpc.StatusCode.UNAVAILABLE and "setting it again is safe" in details
+    assert (await world.stub.SetRequestPriority(ask)).priority == -10
+    world.cluster.deaths["kvferry-instance-0-1"].set_result("killed")
+    code, _ = await status_of(world.stub.SetRequestPriority(ask))
+    assert code in (grpc.StatusCode.ABORTED, grpc.StatusCode.NOT_FOUND), "or the death was noticed before"
 
 
 async def test_a_drain_streams_its_progress_until_the_instance_is_empty(world: World) -> None:
@@ -220,6 +268,12 @@ async def test_the_client_of_the_command_line_speaks_it(world: World) -> None:
             assert len(client.instances().instances) == 2 and len(client.requests()) == 2
             assert client.migrate("cmpl-1", "instance-1").outcome == pb.MIGRATION_OUTCOME_COMMITTED
             assert len(client.migrations()) == 1
+            assert client.set_priority("cmpl-2", "-10").change == "normal (0) -> high (-10)"
+            with pytest.raises(Declined, match="'urgent' is no priority"):
+                client.set_priority("cmpl-2", "urgent")
+            world.cluster.failures_left["kvferry-instance-0-1"] = 1
+            with pytest.raises(Declined, match="again is safe"):
+                client.set_priority("cmpl-2", "high")
             with pytest.raises(Declined, match="no running request"):
                 client.migrate("nobody", "instance-1")
             assert [message.done for message in client.drain("instance-0", wait=False)] == [False]

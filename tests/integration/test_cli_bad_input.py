@@ -33,7 +33,8 @@ def serve(*arguments: str) -> Done:
 def test_help_is_quick_and_lists_the_commands() -> None:
     done = kvferry("--help", timeout_s=30)
     assert done.status == 0
-    assert all(name in done.out for name in ("serve", "status", "migrate", "drain", "undrain", "scale", "demo"))
+    names = ("serve", "status", "migrate", "priority", "drain", "undrain", "scale", "replay", "demo")
+    assert all(name in done.out for name in names)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -43,6 +44,20 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_levels_and_keys_that_cannot_be_read_are_told_before_anything_starts(tmp_path: Path) -> None:
+    done = serve(str(tiny_model_path()), "--priority-levels", "high:-10:2048,normal")
+    assert is_one_line(done, "--priority-levels: 'normal' is no level"), done
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("a-secret: urgent\n")
+    done = serve(str(tiny_model_path()), "--priority-keys", str(keys))
+    assert is_one_line(done, "--priority-keys", "entry 1") and "a-secret" not in done.err, done
+
+
+def test_a_priority_that_is_a_negative_number_is_no_flag() -> None:
+    done = kvferry("priority", "some-request", "-10", "--admin", "127.0.0.1:1")
+    assert is_one_line(done, "nothing answers at the admin address"), done
 
 
 def test_an_unknown_vllm_flag_is_named() -> None:
@@ -115,6 +130,10 @@ def test_nothing_at_the_admin_address_is_one_line(arguments: tuple[str, ...], wo
         (("serve", "m", "--carrier", "nccl", "--carrier-checksum"), "--carrier-checksum"),
         (("serve", "m", "--config", "no-such-file.yaml"), "no-such-file.yaml"),
         (("serve", "m", "--journal", "no/such/folder/j"), "no/such/folder"),
+        (("serve", "m", "--journal", __file__), "is not a journal"),
+        (("serve", "m", "--journal", "j", "--journal-parts", "0"), "--journal-parts"),
+        (("replay", "no/such/journal"), "there is no file"),
+        (("replay", __file__), "is not a journal"),
     ],
 )
 def test_a_mistake_of_our_own_flags_is_one_line(arguments: tuple[str, ...], words: str) -> None:

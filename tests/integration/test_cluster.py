@@ -14,7 +14,7 @@ import pytest
 from instance.fake_model import FakeRequest, expected_output
 from migration.types import Epoch, Incarnation, InstanceId
 from tests.support.fleet import Gateway
-from tests.support.serving import Serving, wait_gone
+from tests.support.serving import Serving, kvferry, wait_gone
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -131,11 +131,40 @@ async def test_a_drain_moves_what_runs_and_refuses_what_comes_until_it_is_undone
     assert serving.instance("instance-1")["state"] == "INSTANCE_STATE_SERVING"
 
 
+async def test_a_request_without_a_gateway_is_ended_by_command_at_its_instance(serving: Serving) -> None:
+    async with Client() as gateway:
+        gateway.submit(
+            incarnation(serving, "instance-0"), "to-be-ended", FakeRequest(tuple(range(40)), max_tokens=1500)
+        )
+        await eventually_listed(serving, "to-be-ended", "instance-0")
+        dry = await asyncio.to_thread(serving.command, "cancel", "to-be", "--dry-run")
+        assert (dry.status, dry.out) == (0, "to-be-ended would end on instance-0\n"), dry
+        done = await asyncio.to_thread(serving.command, "cancel", "to-be-ended")
+        assert (done.status, done.out) == (0, "to-be-ended was ended on instance-0\n"), done
+        async with asyncio.timeout(10):
+            while (await asyncio.to_thread(serving.instance, "instance-0"))["num_running"]:
+                pass
+        assert not is_over(gateway, "to-be-ended"), "it was ended, not finished"
+
+
+def test_the_policy_is_changed_by_command_and_the_journal_says_to_what(serving: Serving) -> None:
+    done = serving.command("policy", "--set", "rebalance.rest_s=7", "--set", "drain.max_moves=3")
+    assert done.status == 0 and "rebalance.rest_s is now 7 (was 10)" in done.out, done
+    assert "rebalance.rest_s            7" in serving.command("policy").out
+    assert serving.command("policy", "--reset", "rebalance.rest_s", "--reset", "drain.max_moves").status == 0
+    (journal,) = [line for line in serving.process.args if str(line).endswith("journal.jsonl")]  # type: ignore[union-attr]
+    asked = [line for line in Path(str(journal)).read_text(encoding="utf-8").splitlines() if '"PolicyUpdate' in line]
+    assert '"changes":[["rebalance.rest_s",10.0,7.0],["drain.max_moves",16,3]]' in asked[0]
+
+
 def test_commands_that_cannot_be_done_say_so_in_one_line(serving: Serving) -> None:
     for arguments, words in (
         (("migrate", "nobody", "--to", "instance-0"), "no running request is named 'nobody'"),
         (("drain", "instance-9"), "no instance is named 'instance-9'"),
         (("undrain", "instance-0"), "not draining"),
+        (("cancel", "nobody"), "no running request is named 'nobody'"),
+        (("cancel-migration", "999999"), "no migration has the number 999999"),
+        (("policy", "--set", "drain.max_moves=0"), "it must be a whole number from 1 to 1000"),
     ):
         done = serving.command(*arguments)
         assert done.status == 1 and words in done.err and done.err.count("\n") == 1, done
@@ -157,6 +186,21 @@ def test_the_journal_holds_decisions_with_their_reason_and_the_age_of_their_sign
     (journal,) = [line for line in serving.process.args if str(line).endswith("journal.jsonl")]  # type: ignore[union-attr]
     text = Path(str(journal)).read_text(encoding="utf-8")
     assert '"StartMigration"' in text and '"reason":"asked for"' in text and '"signal_age_s":' in text
+
+
+def test_the_journal_of_it_all_is_explained_and_replays_to_the_last_effect(serving: Serving) -> None:
+    """While it is being written."""
+    (journal,) = [line for line in serving.process.args if str(line).endswith("journal.jsonl")]  # type: ignore[union-attr]
+    done = kvferry("replay", str(journal), "--json")
+    assert done.status == 0, done
+    told = json.loads(done.out)
+    assert told["replay"]["agrees"] and told["replay"]["verified_events"] > 100
+    assert told["replay"]["lost_events"] == told["replay"]["unverified_events"] == 0
+    assert told["summary"]["moves"]["asked for"]["outcomes"].get("committed", 0) >= 2
+    assert any(row["what"].startswith("instance-2 was lost") for row in told["rows"])
+    shown = kvferry("replay", str(journal), "--request", "there-and-back")
+    assert shown.status == 0 and "move there-and-back: instance-0 -> instance-1" in shown.out, shown
+    assert Path(str(journal)).stat().st_mode & 0o077 == 0, "nobody else reads it"
 
 
 def test_ctrl_c_stops_everything_and_leaves_no_process(serving: Serving) -> None:

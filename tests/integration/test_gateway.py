@@ -15,6 +15,7 @@ import pytest_asyncio
 
 from orchestrator.gateway.errors import GatewayError
 from orchestrator.gateway.http import check_port_free
+from orchestrator.gateway.priorities import key_digest
 from orchestrator.gateway.service import GatewayService
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.gateway.types import RouterParams
@@ -224,9 +225,40 @@ async def test_priority_comes_from_the_body_or_the_header(front: Front) -> None:
     await front.http.post("/v1/completions", json=payload)
     submits = sorted(front.a.submitted + front.b.submitted, key=lambda one: one.priority)
     assert [one.priority for one in submits] == [-3, 0, 4]
-    response = await front.http.post("/v1/completions", json=payload, headers={"x-kvferry-priority": "high"})
-    assert response.status_code == 400
-    assert "whole number" in response.json()["error"]["message"]
+    for header in ("x-kvferry-priority", "x-llm-d-inference-objective"):
+        response = await front.http.post("/v1/completions", json=payload, headers={header: "urgent"})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == header and "give a level (high, normal, low) or a whole number" in error["message"]
+    response = await front.http.post("/v1/completions", json=payload | {"priority": 2**31})
+    assert response.status_code == 400 and "priority is 2147483648" in response.json()["error"]["message"]
+    assert len(front.a.submitted + front.b.submitted) == 3, "none of these was sent"
+
+
+async def test_levels_and_classes_of_keys_are_those_of_the_configuration(model: Path) -> None:
+    instance = await ScriptedInstance("a").open()
+    service = GatewayService(None, encode_for_script)
+    keys = ((key_digest(b"vip-key"), -20),)
+    started = await service.start(config(model, priority_levels="vip:-20:64,bulk:5", key_priorities=keys))
+    front = Front(service, started.url, [instance, instance])
+    try:
+        await front.has_joined(instance)
+        payload = {"model": MODEL, "prompt": "w5", "max_tokens": 2}
+        for headers in (
+            {"x-kvferry-priority": "bulk"},
+            {"x-llm-d-inference-objective": "vip"},
+            {"authorization": "Bearer vip-key"},
+            {"authorization": "Bearer vip-key", "x-kvferry-priority": "bulk"},
+            {"authorization": "Bearer vip-key", "x-kvferry-priority": "-99"},
+            {"authorization": "Bearer another"},
+        ):
+            assert (await front.http.post("/v1/completions", json=payload, headers=headers)).status_code == 200
+        assert [one.priority for one in instance.submitted] == [5, -20, -20, 5, -20, 0]
+    finally:
+        await front.http.aclose()
+        await front.openai.close()
+        await service.stop()
+        await instance.close()
 
 
 async def test_the_rest_of_vllms_surface_is_there(front: Front) -> None:

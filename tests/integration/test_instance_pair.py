@@ -9,9 +9,10 @@ import pytest
 
 from instance.errors import StartError
 from instance.mailbox import Mailbox
-from instance.messages import Abort, MigrationEnvelope
+from instance.messages import Abort, MigrationEnvelope, PriorityChanged
 from instance.service import InstanceService
 from instance.spec import Carrier, EngineKind, InstanceSpec, MigrationSummary
+from instance.types import PriorityOutcome, RequestStatus
 from migration.types import Incarnation
 from tests.support.fleet import Fleet, a_request, expected_output, fleet_of
 
@@ -99,6 +100,61 @@ async def test_any_moves_of_many_requests_under_traffic_are_exact(seed: int) -> 
             assert fleet.gateway.tokens(request_id) == expected_output(request), request_id
         await fleet.check_rest()
         assert outcomes.count("committed") >= 10, outcomes
+
+
+async def test_a_new_priority_is_told_to_the_gateway_and_in_both_reports_and_changes_no_token() -> None:
+    request = a_request(6, 60, 600)
+    async with fleet_of(1) as fleet:
+        fleet.gateway.subscribe(fleet.members["i0"], with_requests=True)
+        await fleet.run("i0", "r", request, 5)
+        answer = await fleet.services["i0"].set_priority("r", -10)
+        assert (answer.outcome, answer.previous, answer.status) == (PriorityOutcome.SET, 0, RequestStatus.RUNNING)
+
+        def is_reported() -> bool:
+            (shown,) = fleet.gateway.request_reports["i0"].requests or (None,)
+            return shown is not None and shown.priority == -10
+
+        await fleet.gateway.until(lambda: "i0" in fleet.gateway.request_reports and is_reported())
+        await fleet.gateway.until(lambda: fleet.gateway.reports["i0"].running_by_priority == ((-10, 1),))
+        assert fleet.gateway.priorities["r"] == [PriorityChanged("r", "i0", 1, -10)]
+        await fleet.finish("r")
+        assert fleet.gateway.tokens("r") == expected_output(request)
+        assert (await fleet.services["i0"].set_priority("r", 3)).outcome is PriorityOutcome.NOT_HERE
+        assert len(fleet.gateway.priorities["r"]) == 1, "what was not changed is not told"
+
+
+@pytest.mark.parametrize("flags", [(), ("--pipelined",)])
+async def test_priorities_changed_in_the_middle_of_moves_are_kept_and_each_change_has_one_owner(
+    flags: tuple[str, ...],
+) -> None:
+    """1. A request moves there and back without pause. 2. Its priority is changed all the while, at whichever instance
+    has it. 3. Each change is made by one of them, or by none while it is stopped; the last one made counts."""
+    request = a_request(7, num_prompt_tokens=200, max_tokens=1500)
+    async with fleet_of(2, *flags) as fleet:
+        await fleet.run("i0", "r", request, 5)
+        owner, last, num_moves, kinds = "i0", 0, 0, set()
+        while not fleet.gateway.is_finished("r") and num_moves < 12:
+            other = "i1" if owner == "i0" else "i0"
+            moving = asyncio.create_task(migrate(fleet, "r", owner, other))
+            while not moving.done():
+                answers = [await fleet.services[name].set_priority("r", last + 1) for name in (owner, other)]
+                made = [answer for answer in answers if answer.outcome is PriorityOutcome.SET]
+                kinds |= {answer.outcome for answer in answers}
+                if made:
+                    assert made[0].previous == last, "the change before was lost"
+                    last += 1
+                if len(made) == 2:
+                    assert made[1].previous == last, "it was handed over between the two, with the new priority"
+            if (await moving).outcome == "committed":
+                owner, num_moves = other, num_moves + 1
+        assert num_moves >= 8
+        assert PriorityOutcome.SET in kinds and PriorityOutcome.NOT_HERE in kinds
+        if not fleet.gateway.is_finished("r"):
+            views = await fleet.services[owner].loop.call(lambda engine: engine.requests())
+            assert [view.priority for view in views] == [last]
+        await fleet.finish("r")
+        assert fleet.gateway.tokens("r") == expected_output(request)
+        await fleet.check_rest()
 
 
 async def test_two_requests_cross_each_other() -> None:

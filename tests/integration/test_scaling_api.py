@@ -21,7 +21,7 @@ from orchestrator.admin.client import AdminClient
 from orchestrator.admin.errors import Declined
 from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2_grpc as pb_grpc
-from orchestrator.admin.service import AdminServer
+from orchestrator.admin.server import AdminServer
 from orchestrator.cli_status import as_values, picture
 from orchestrator.core import Orchestrator
 from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
@@ -30,6 +30,7 @@ from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
 from orchestrator.state import CoreParams, ScalingParams
 from tests.support.fake_cluster import FakeCluster
 from tests.support.reports import load_report, request_report
+from tests.support.written_journal import PROMPT, read
 
 GATEWAY = "kvferry-gateway-0"
 SCALING = ScalingParams(can_start=True, most=4, capacity=4, first_epoch=2, linger_s=0.05, backoff_s=0.05)
@@ -65,11 +66,13 @@ class World:
 
 @asynccontextmanager
 async def world_of(
-    params: ScalingParams, journal: Journal | None = None, max_instances: int = 256
+    params: ScalingParams, journal_path: Path | None = None, max_instances: int = 256
 ) -> AsyncIterator[World]:
     cluster, mailbox = FakeCluster(), Mailbox("test")
     await mailbox.open()
     core = Orchestrator(CoreParams(is_rebalancing=False, max_instances=max_instances, scaling=params))
+    now_s = asyncio.get_running_loop().time()
+    journal = Journal(journal_path, core, now_s, PROMPT) if journal_path is not None else None
     loop = OrchestratorLoop(core, cluster, mailbox, LoopParams(tick_s=0.02), journal, cluster)
     running = asyncio.create_task(loop.run())
     await asyncio.sleep(0)
@@ -86,11 +89,13 @@ async def world_of(
         loop.stop()
         await running
         mailbox.close()
+        if journal is not None:
+            await asyncio.to_thread(journal.close)
 
 
 async def test_two_become_one_and_two_again_and_gateways_are_told_each_time(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal", 1 << 20)
-    async with world_of(SCALING, journal) as world, grpc.aio.insecure_channel(world.address) as channel:
+    path = tmp_path / "journal"
+    async with world_of(SCALING, path) as world, grpc.aio.insecure_channel(world.address) as channel:
         stub = pb_grpc.ScalingServiceStub(channel)
         first = (await stub.GetScaling(pb.GetScalingRequest())).scaling
         assert not first.HasField("target_instances") and (first.num_instances, first.max_instances) == (2, 4)
@@ -103,11 +108,33 @@ async def test_two_become_one_and_two_again_and_gateways_are_told_each_time(tmp_
         await world.until(lambda: world.members() == [("instance-0", 1), ("instance-1", 2)])
         last = (await stub.GetScaling(pb.GetScalingRequest())).scaling
         assert cli_scaling.is_reached(last) and not cli_scaling.is_reached(answered)
-    journal.close()
-    said = (tmp_path / "journal").read_text()
+    told, replay = read(path)
+    assert replay.divergence is None and replay.num_verified > 0 and replay.num_unverified == 0
+    assert told.summary.events["ScaleRequested"] == 2
     for effect in ("AnnounceScaling", "StartInstance", "StopInstance"):
-        line = next(line for line in said.splitlines() if f'"{effect}"' in line)
+        line = next(line for line in path.read_text().splitlines() if f'"$":"{effect}"' in line)
         assert '"reason":' in line and '"signal_age_s":' in line
+
+
+async def test_a_request_id_that_was_answered_before_does_nothing_twice() -> None:
+    """The second answer is the first one, though another target holds by then; its id is no other command's."""
+    async with world_of(SCALING) as world, grpc.aio.insecure_channel(world.address) as channel:
+        stub = pb_grpc.ScalingServiceStub(channel)
+        three = pb.ScaleInstancesRequest(target_instances=3, request_id="once")
+        first = await stub.ScaleInstances(three)
+        await stub.ScaleInstances(pb.ScaleInstancesRequest(target_instances=2, request_id="twice"))
+        assert await stub.ScaleInstances(three) == first
+        assert (await stub.GetScaling(pb.GetScalingRequest())).scaling.target_instances == 2
+        with pytest.raises(grpc.aio.AioRpcError, match="use a new one"):
+            await stub.ScaleInstances(pb.ScaleInstancesRequest(target_instances=1, request_id="once"))
+
+
+@pytest.mark.parametrize(("target", "most", "reason"), [(None, -1, "INVALID_FIELD"), (5, None, "PRECONDITION")])
+async def test_a_refusal_has_a_reason_that_programs_can_read(target: int | None, most: int | None, reason: str) -> None:
+    async with world_of(SCALING) as world:
+        with AdminClient(world.address) as client, pytest.raises(Declined) as caught:
+            await asyncio.to_thread(client.scale, target, None, most)
+        assert caught.value.reason == reason
 
 
 async def test_a_start_that_fails_is_shown_and_tried_again() -> None:
@@ -146,8 +173,9 @@ async def test_a_start_under_way_ends_with_the_orchestrator() -> None:
     ("ask", "code", "words"),
     [
         (pb.ScaleInstancesRequest(), grpc.StatusCode.INVALID_ARGUMENT, "nothing is given"),
-        (pb.ScaleInstancesRequest(target_instances=0), grpc.StatusCode.INVALID_ARGUMENT, "target_instances is 0"),
-        (pb.ScaleInstancesRequest(min_instances=-1), grpc.StatusCode.INVALID_ARGUMENT, "min_instances is -1"),
+        (pb.ScaleInstancesRequest(request_id="i"), grpc.StatusCode.INVALID_ARGUMENT, "nothing is given"),
+        (pb.ScaleInstancesRequest(target_instances=0), grpc.StatusCode.INVALID_ARGUMENT, "target_instances: 0"),
+        (pb.ScaleInstancesRequest(min_instances=-1), grpc.StatusCode.INVALID_ARGUMENT, "min_instances: -1"),
         (
             pb.ScaleInstancesRequest(target_instances=5),
             grpc.StatusCode.FAILED_PRECONDITION,

@@ -11,9 +11,10 @@ from instance.lifecycle import State
 from instance.mailbox import Mailbox
 from instance.service import InstanceService
 from instance.spec import MigrationSummary
+from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.core import Orchestrator
-from orchestrator.effects import Member, ScalingSet
+from orchestrator.effects import ScalingSet, UpdateMembers
 from orchestrator.errors import ActorGone
 from orchestrator.events import InstanceStarted, ScaleRequested
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
@@ -62,8 +63,17 @@ class InProcess:
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         self._service(actor_name).member_lost(instance, epoch)
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
         raise AssertionError("no gateway is told of here")
+
+    async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:
+        raise AssertionError("nobody changes a priority here")
+
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        raise AssertionError("nobody ends a request here")
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        raise AssertionError("nobody calls a migration off here")
 
     async def wait_dead(self, actor_name: str) -> str:
         await self._service(actor_name).lifetime()

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice
+from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, Rule
 from orchestrator.policy.load import LoadParams
 from tests.support.idle_report import report
 from tests.support.slow_dispatch import choose_instance
 
 PARAMS = DispatchParams()
 NUM_VIEWS = 10_000
-WITH_HEADROOM = DispatchParams(load=LoadParams(headroom_blocks=((-1, 20), (3, 7))))
+WITH_HEADROOM = DispatchParams(load=LoadParams(headroom_blocks=((-1, 20), (3, 7))), slow_start_s=0.0)
 
 
 @st.composite
@@ -116,6 +116,53 @@ def test_without_the_accounting_a_burst_herds_on_one_instance(like: LoadReport, 
     assert len(choices) == 1
 
 
+@given(st.data())
+def test_gateways_that_see_the_same_fill_a_fleet_evenly(data: st.DataObject) -> None:
+    """However unequal it was: what all of them send between two reports is what one that knew everything would send,
+    give or take one request a gateway, and one that a tie decided."""
+    empty, full = data.draw(st.integers(20, 60)), data.draw(st.integers(0, 20))
+    num_gateways, num_rounds = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 12))
+    sent = send_rounds(num_gateways, num_rounds, empty, full, told=num_gateways)
+    alone = send_rounds(1, num_gateways * num_rounds, empty, full, told=1)
+    assert abs(sent["empty"] - alone["empty"]) <= num_gateways + 1
+
+
+def test_control_gateways_that_each_believe_to_be_alone_herd() -> None:
+    assert send_rounds(6, 10, 30, 20, told=1)["empty"] == 60
+    assert send_rounds(1, 60, 30, 20, told=1)["empty"] < 40
+
+
+def send_rounds(num_gateways: int, num_rounds: int, empty: int, full: int, told: int) -> Counter[str]:
+    """How often each instance is chosen when `num_gateways` choose in turns, without a report between."""
+    reports = [
+        report(name, free_blocks=free * 10, total_blocks=600, num_running=50)
+        for name, free in (("empty", empty), ("full", full))
+    ]
+    books = [DispatchBook(gateway=f"gateway-{number}") for number in range(num_gateways)]
+    for book in books:
+        book.set_members([(InstanceId(one.instance), Epoch(one.epoch)) for one in reports], told)
+        for one in reports:
+            book.on_report(one, 0.0)
+    counts: Counter[str] = Counter()
+    for _ in range(num_rounds):
+        for book in books:
+            choice = book.choose(5, 0.0)
+            assert isinstance(choice, Choice)
+            book.on_dispatched(choice.instance, 5, 0.0)
+            counts[choice.instance] += 1
+    return counts
+
+
+@given(st.lists(st.sampled_from("abcd"), unique=True, min_size=1), st.integers(1, 12))
+def test_round_robin_takes_turns_whatever_the_load(names: list[str], num_choices: int) -> None:
+    book = DispatchBook(DispatchParams(rule=Rule.ROUND_ROBIN))
+    book.set_members([(InstanceId(name), Epoch(1)) for name in names])
+    for number, name in enumerate(names):
+        book.on_report(report(name, free_blocks=100 - 20 * number), 0.0)
+    turns = [choice.instance for _ in range(num_choices) if isinstance(choice := book.choose(5, 0.0), Choice)]
+    assert turns == [InstanceId(sorted(names)[turn % len(names)]) for turn in range(num_choices)]
+
+
 def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:
     """Members come, go and restart, report, get requests, refuse them; time passes. After each of these both agree.
     Not hypothesis: it takes a minute to draw so many."""
@@ -137,7 +184,8 @@ def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:
                 case "members":
                     epochs = {known: epoch for known, epoch in epochs.items() if rng.random() < 0.9}
                     epochs[name] = epochs.get(name, 0) + rng.randint(0, 1)
-                    book.set_members([(known, Epoch(epoch)) for known, epoch in epochs.items()])
+                    num_gateways = rng.choice([None, 1, 3])
+                    book.set_members([(known, Epoch(epoch)) for known, epoch in epochs.items()], num_gateways)
                 case _:
                     now_s += rng.choice([0.1, 1.0, 2.9, 3.0, 3.1, 5.1])
             demand = rng.randint(0, 250)
@@ -168,6 +216,7 @@ def random_report(rng: random.Random, name: str, epoch: int) -> LoadReport:
         free_blocks=free,
         reserved_blocks=rng.randint(0, total - free),
         num_running=rng.randint(0, 20),
+        step_time_s=rng.choice([0.0, 0.02, 0.5]),
         running_by_priority=tuple((level, rng.randint(0, 3)) for level in rng.sample(range(-2, 5), 2)),
         head_of_line_blocks=head,
         waiting_blocks=head + rng.randint(0, 50),
@@ -177,6 +226,6 @@ def random_report(rng: random.Random, name: str, epoch: int) -> LoadReport:
 
 def test_control_columns_that_are_not_kept_are_noticed() -> None:
     book = book_of(report("a"), report("b"))
-    book._columns.running[0] += 1
-    with pytest.raises(AssertionError, match="running is stale"):
+    book._columns.batch[0] += 1
+    with pytest.raises(AssertionError, match="batch is stale"):
         book.check_integrity()

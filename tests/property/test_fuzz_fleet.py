@@ -11,7 +11,16 @@ import pytest
 
 from instance.errors import MalformedFleetMessage
 from instance.mailbox import decode, encode
-from instance.messages import FleetMessage, Frame, LoadReport, OutputEntry, OwnerChanged, RequestReport, SubmitAnswer
+from instance.messages import (
+    FleetMessage,
+    Frame,
+    LoadReport,
+    OutputEntry,
+    OwnerChanged,
+    PriorityChanged,
+    RequestReport,
+    SubmitAnswer,
+)
 from instance.replay import STAMP_BYTES, ReplayGuard, Session
 from instance.seal import MAC_BYTES, Seal
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
@@ -64,6 +73,7 @@ def test_a_router_takes_six_thousand_hostile_frames() -> None:
         *(Frame("instance-0", 1, 8, 0.5, (OutputEntry(f"r{n}", 0, (1, 2)),), LOAD) for n in range(20)),
         Frame("instance-1", 1, 8, 0.5, (OutputEntry("r1", 2, (3,), 1), OutputEntry("r2", 5, (4,))), LOAD),
         OwnerChanged("r1", "instance-1", 1, 2),
+        PriorityChanged("r1", "instance-1", 1, -10),
     )
     mutator = Mutator(11, [encode(message, SEAL, HERE, Session()) for message in valid], HEADER_BYTES)
     kinds: Counter[str] = Counter()

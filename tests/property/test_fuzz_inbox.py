@@ -25,6 +25,7 @@ from instance.messages import (
     MigrationEnvelope,
     OutputEntry,
     OwnerChanged,
+    PriorityChanged,
     RequestReport,
     Submit,
     SubmitAnswer,
@@ -56,6 +57,7 @@ MESSAGES: tuple[FleetMessage, ...] = (
     Frame("i0", 1, 8, 0.5, (OutputEntry("r", 0, (1, 2, 3)), OutputEntry("s", 9, (4,), 1, "stop", (b"x",))), LOAD),
     RequestReport("i0", 1, 8, (request_load("r"),)),
     OwnerChanged("r", "i1", 1, 17),
+    PriorityChanged("r", "i1", 1, -10),
     *(MigrationEnvelope("i1", 1, HERE, 1, wire.encode(one)) for one in EXAMPLES),
 )
 FRAMES = tuple(encode(message, SEAL, HERE, Session()) for message in MESSAGES)

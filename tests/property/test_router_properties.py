@@ -177,7 +177,7 @@ def run(seed: int, num_requests: int = 6, num_actions: int = 250) -> World:
     return world
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32))
 def test_each_request_ends_once_with_the_tokens_of_one_run(seed: int) -> None:
     world = run(seed)

@@ -7,8 +7,9 @@ import asyncio
 from collections import defaultdict
 
 from instance.spec import MigrationSummary
+from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member
+from orchestrator.effects import Member, UpdateMembers
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.events import InstanceStarted
 
@@ -26,6 +27,16 @@ class FakeCluster:
         self.fence_begun = asyncio.Event()
         self.deaths: dict[str, asyncio.Future[str]] = defaultdict(lambda: asyncio.get_running_loop().create_future())
         self.migrated: list[tuple[str, str, str, str]] = []
+        self.cancelled: list[tuple[str, str]] = []
+        self.holds_streams = True
+        """Whether gateways say that the stream to be ended is theirs."""
+        self.withdrawn: list[tuple[str, str]] = []
+        self.may_end = asyncio.Event()
+        """Migrations end when it is set, as it is unless a test clears it."""
+        self.may_end.set()
+        self.priorities: list[tuple[str, str, int]] = []
+        self.priority_answers: list[PriorityAnswer] = []
+        """What instances answer to a change of priority, one after the other; without any, it is set."""
         self.draining: list[tuple[str, bool]] = []
         self.fenced: list[tuple[str, str, int]] = []
         self.members: dict[str, tuple[Member, ...]] = {}
@@ -44,6 +55,7 @@ class FakeCluster:
     ) -> MigrationSummary:
         self._check(actor_name)
         self.migrated.append((actor_name, request_id, destination.instance, mode))
+        await self.may_end.wait()
         return MigrationSummary(
             migration_id="m",
             request_id=request_id,
@@ -62,9 +74,28 @@ class FakeCluster:
             steps_during_copy=3,
         )
 
+    async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:
+        self._check(actor_name)
+        self.cancelled.append((actor_name, request_id))
+        return self.holds_streams
+
+    async def cancel_migration(self, actor_name: str, request_id: str, reason: str, timeout_s: float) -> bool:
+        self._check(actor_name)
+        self.withdrawn.append((actor_name, request_id))
+        self.outcome = "refused"
+        self.may_end.set()
+        return True
+
     async def set_draining(self, actor_name: str, draining: bool, timeout_s: float) -> None:
         self._check(actor_name)
         self.draining.append((actor_name, draining))
+
+    async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:
+        self._check(actor_name)
+        self.priorities.append((actor_name, request_id, priority))
+        if self.priority_answers:
+            return self.priority_answers.pop(0)
+        return PriorityAnswer(PriorityOutcome.SET, 0, RequestStatus.RUNNING)
 
     async def member_lost(self, actor_name: str, instance: InstanceId, epoch: Epoch, timeout_s: float) -> None:
         self.fence_tried.append(actor_name)
@@ -72,9 +103,9 @@ class FakeCluster:
         self._check(actor_name)
         self.fenced.append((actor_name, instance, epoch))
 
-    async def set_members(self, actor_name: str, members: tuple[Member, ...], timeout_s: float) -> None:
+    async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
         self._check(actor_name)
-        self.members[actor_name] = members
+        self.members[actor_name] = told.members
         self.told.set()
 
     async def wait_dead(self, actor_name: str) -> str:

@@ -17,6 +17,7 @@ from instance.messages import (
     LoadReport,
     OutputEntry,
     OwnerChanged,
+    PriorityChanged,
     RequestReport,
     Submit,
     SubmitAnswer,
@@ -39,6 +40,7 @@ class Gateway:
         self.answers: dict[str, SubmitAnswer] = {}
         self.entries: dict[str, list[tuple[str, OutputEntry]]] = defaultdict(list)
         self.owners: dict[str, list[OwnerChanged]] = defaultdict(list)
+        self.priorities: dict[str, list[PriorityChanged]] = defaultdict(list)
         self.reports: dict[str, LoadReport] = {}
         self.num_reports: dict[str, int] = defaultdict(int)
         self.request_reports: dict[str, RequestReport] = {}
@@ -67,6 +69,8 @@ class Gateway:
                 self.request_reports[message.instance] = message
             case OwnerChanged():
                 self.owners[message.request_id].append(message)
+            case PriorityChanged():
+                self.priorities[message.request_id].append(message)
             case _:
                 raise AssertionError(f"a gateway hears no {type(message).__name__}")
 

@@ -21,6 +21,7 @@ def load_report(
     reserved_blocks: int = 0,
     migrations_in: int = 0,
     migrations_out: int = 0,
+    running_by_priority: tuple[tuple[int, int], ...] | None = None,
 ) -> LoadReport:
     return LoadReport(
         instance=instance,
@@ -33,7 +34,9 @@ def load_report(
         reserved_blocks=reserved_blocks,
         num_running=num_running,
         num_waiting=num_waiting,
-        running_by_priority=((0, num_running),) if num_running else (),
+        running_by_priority=(
+            running_by_priority if running_by_priority is not None else ((0, num_running),) if num_running else ()
+        ),
         head_of_line_blocks=head_of_line_blocks,
         waiting_blocks=head_of_line_blocks,
         step_time_s=0.01,
@@ -51,6 +54,8 @@ def request_load(
     status: str = "running",
     priority: int = 0,
     movable: bool = True,
+    num_output_tokens: int = 1,
+    max_tokens: int = 1000,
 ) -> RequestLoad:
     return RequestLoad(
         request_id=request_id,
@@ -58,8 +63,8 @@ def request_load(
         status=status,
         priority=priority,
         num_prompt_tokens=num_blocks * BLOCK_SIZE - 1,
-        num_output_tokens=1,
-        max_tokens=1000,
+        num_output_tokens=num_output_tokens,
+        max_tokens=max_tokens,
         num_blocks=num_blocks,
         arrived_s=1.0,
         movable=movable,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 from instance.lifecycle import State
 from migration.types import InstanceId
 from orchestrator.policy.dispatch import Choice, ClusterView, DispatchParams, InstanceView, NoChoice
-from orchestrator.policy.load import virtual_usage_blocks
+from orchestrator.policy.load import growth_blocks_per_s, virtual_usage_blocks
 
 
 def choose_instance(
@@ -17,37 +16,37 @@ def choose_instance(
     params: DispatchParams,
     excluded: Collection[InstanceId] = (),
 ) -> Choice | NoChoice:
-    """Pick the instance whose freeness with this request on it is highest; ties by fewest dispatched, then by id."""
+    """Pick the instance whose score with this request on it is highest; ties by fewest dispatched, then by id."""
     serving = [seen for seen in view.instances if seen.report.state == State.SERVING.value]
     fresh = [seen for seen in serving if seen.report_age_s <= params.max_report_age_s]
     candidates = [seen for seen in fresh if seen.instance not in excluded]
     if not candidates:
         return NoChoice("", any_serving=bool(fresh))
+
+    def score_of(seen: InstanceView) -> float:
+        return score(seen, request_demand_blocks, params, view.num_gateways)
+
     # An instance it can never fit on is only asked when there is no other: its refusal then says so to the client.
     large_enough = [seen for seen in candidates if seen.report.total_blocks >= request_demand_blocks]
-    best = min(
-        large_enough or candidates,
-        key=lambda seen: (-score(seen, request_demand_blocks, params), seen.num_dispatched, seen.instance),
-    )
+    best = min(large_enough or candidates, key=lambda seen: (-score_of(seen), seen.num_dispatched, seen.instance))
     reason = (
-        f"score {score(best, request_demand_blocks, params):.2f} highest of {len(candidates)}"
-        f" ({best.num_dispatched} dispatched since its report)"
+        f"score {score_of(best):.2f} highest of {len(candidates)} ({best.num_dispatched} dispatched since its report)"
     )
     return Choice(best.instance, best.epoch, reason, best.report_age_s)
 
 
-def score(seen: InstanceView, demand_blocks: int, params: DispatchParams) -> float:
-    """Freeness of the instance with own dispatches and this request on it, in decode steps; higher is better.
-
-    When that would be negative the request has to wait, and the score is minus the blocks short for *everything* that
-    waits here. Freeness itself would mislead there: it ignores all but the head of the queue, and dividing a negative
-    number by a larger batch makes the fuller instance look better.
+def score(seen: InstanceView, demand_blocks: int, params: DispatchParams, num_gateways: int) -> float:
+    """Freeness of the instance with this request and all dispatches of all gateways on it, in decode steps, after what
+    its running requests have taken since its report; less in its first seconds. When that would be negative the request
+    has to wait, and the score is minus the blocks short for everything that waits there.
     """
-    usage = virtual_usage_blocks(seen.report, params.load)
-    if math.isinf(usage):
-        return -math.inf
-    added = seen.dispatched_blocks + demand_blocks
-    spare = seen.report.total_blocks - usage - added
-    if spare >= 0:
-        return spare / max(1, seen.report.num_running + seen.num_dispatched + 1)
-    return spare + seen.report.head_of_line_blocks - max(seen.report.waiting_blocks, seen.report.head_of_line_blocks)
+    report = seen.report
+    num_unseen = seen.num_dispatched * num_gateways
+    spare = report.total_blocks - virtual_usage_blocks(report, params.load) - seen.dispatched_blocks * num_gateways
+    spare = spare - seen.report_age_s * growth_blocks_per_s(report) - demand_blocks
+    if spare < 0:
+        return spare + (report.head_of_line_blocks - max(report.waiting_blocks, report.head_of_line_blocks))
+    share = 1.0
+    if params.slow_start_s > 0:
+        share = min(1.0, max(params.slow_start_share, seen.known_for_s / params.slow_start_s))
+    return spare / max(1, report.num_running + num_unseen + 1) * share

@@ -8,11 +8,19 @@ blocked head of the queue makes freeness negative, hence its instance a source: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import RequestId
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import (
+    InstanceView,
+    Move,
+    after_joining,
+    after_leaving,
+    freeness_steps,
+    outlives_its_copy,
+)
 from orchestrator.policy.rebalance import RebalanceParams, Resting
 
 _RUNNING = "running"
@@ -26,18 +34,19 @@ class _Side:
     load: LoadReport
     slots_out: int
     slots_in: int
+    params: RebalanceParams
     is_exhausted: bool = False
     """As a source it has nothing more to propose in this tick."""
 
     @property
     def freeness_steps(self) -> float:
-        return freeness_steps(self.load)
+        return freeness_steps(self.load, self.params.load)
 
 
 def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
     """Moves for this tick, in the order found. The same views give the same plan, in whatever order they come."""
     sides = [
-        _Side(view, view.load, view.slots_out, view.slots_in)
+        _Side(view, view.load, view.slots_out, view.slots_in, params)
         for view in sorted(views, key=lambda view: view.instance)
         if not view.draining
     ]
@@ -85,16 +94,40 @@ def _best_move(
         (
             request
             for request in source.view.requests
-            if request.movable and request.status == _RUNNING and RequestId(request.request_id) not in taken
+            if request.movable
+            and request.status == _RUNNING
+            and RequestId(request.request_id) not in taken
+            and outlives_its_copy(source.view, request)
         ),
         key=_order,
     )
-    for destination in destinations:
-        for request in candidates:
-            gain = _gain(source, destination, request, params)
-            if gain is not None:
-                return _book(source, destination, request, gain)
+    clear_for = _kept_clear_for(source, params)
+    if clear_for is not None:
+        candidates = [request for request in candidates if request.priority > clear_for]
+    for level in sorted({_level(request, params) for request in candidates}, reverse=True):
+        for destination in destinations:
+            for request in candidates:
+                if _level(request, params) != level:
+                    continue
+                gain = _gain(source, destination, request, params)
+                if gain is not None:
+                    return _book(source, destination, request, gain)
     return None
+
+
+def _level(request: RequestLoad, params: RebalanceParams) -> float:
+    """All alike where there are no levels."""
+    level = params.load.level(request.priority)
+    return math.inf if level is None else level
+
+
+def _kept_clear_for(source: _Side, params: RebalanceParams) -> int | None:
+    """The most urgent rank with headroom that runs there, when memory is short of nothing but headroom."""
+    if freeness_steps(source.load) < params.threshold_steps:
+        return None
+    ranks = [params.load.level(priority) for priority, num in source.load.running_by_priority if num]
+    with_headroom = [rank for rank in ranks if rank is not None and params.load.headroom(rank)]
+    return min(with_headroom, default=None)
 
 
 def _order(request: RequestLoad) -> tuple[int, int, str]:
@@ -116,9 +149,11 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
         return None
     gain = _Gain(
         source_before=source.freeness_steps,
-        source_after=freeness_steps(after_leaving(source.load, request.priority, request.num_blocks)),
+        source_after=freeness_steps(after_leaving(source.load, request.priority, request.num_blocks), params.load),
         destination_before=destination.freeness_steps,
-        destination_after=freeness_steps(after_joining(destination.load, request.priority, request.num_blocks)),
+        destination_after=freeness_steps(
+            after_joining(destination.load, request.priority, request.num_blocks), params.load
+        ),
     )
     pays = (
         gain.destination_before - gain.source_before > params.margin_steps
@@ -129,11 +164,16 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
 
 
 def _book(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
+    cause = "rebalance"
+    if source.view.load.head_of_line_blocks > source.view.load.free_blocks:
+        cause = "defragment"
+    elif (clear_for := _kept_clear_for(source, source.params)) is not None:
+        kept = source.params.load.headroom_of(source.load.running_by_priority)
+        cause = f"isolate: {kept} blocks are kept free beside requests of priority {clear_for} or more urgent"
     source.load = after_leaving(source.load, request.priority, request.num_blocks)
     source.slots_out -= 1
     destination.load = after_joining(destination.load, request.priority, request.num_blocks)
     destination.slots_in -= 1
-    blocked = source.view.load.head_of_line_blocks > source.view.load.free_blocks
     return Move(
         request_id=RequestId(request.request_id),
         source=source.view.instance,
@@ -141,7 +181,7 @@ def _book(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) 
         priority=request.priority,
         num_blocks=request.num_blocks,
         reason=(
-            f"{'defragment' if blocked else 'rebalance'}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
+            f"{cause}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
             f"destination {gain.destination_before:.0f} -> {gain.destination_after:.0f} decode steps left"
         ),
         signal_age_s=max(source.view.signal_age_s, destination.view.signal_age_s),

@@ -20,6 +20,7 @@ from orchestrator.policy.autoscale import (
     plan_autoscale,
     steps_after,
 )
+from orchestrator.policy.load import LoadParams
 from orchestrator.policy.moves import InstanceView
 from tests.support.reports import load_report, request_load
 
@@ -196,3 +197,16 @@ def test_the_last_one_that_serves_is_nobodys_victim() -> None:
     assert choose_victim((), PARAMS, is_one_left=True) is None
     victim = choose_victim((idle("a"), draining), PARAMS, is_one_left=True)
     assert victim is not None and victim.instance == "a"
+
+
+def test_headroom_counts_as_used_in_the_signal_and_in_what_one_less_would_leave() -> None:
+    """One request of the level in one of two instances: 500 of its 1,000 blocks are kept free for it."""
+    params = replace(PARAMS, load=LoadParams(((-10, 500), (0, 0))), cap_steps=1e9)
+    loads = [
+        load_report(name, free_blocks=900, num_running=10, running_by_priority=((priority, 10),))
+        for name, priority in (("a", -10), ("b", 0))
+    ]
+    seen = fleet(*(InstanceView(InstanceId(load.instance), load, (), False, 2, 2, 0.0) for load in loads))
+    decision, _ = plan_autoscale(seen, 2, LIMITS, LONG_AGO, params, 0.0)
+    assert decision.mean_steps == ((1000 - 100 - 500) * 16 / 10 + (1000 - 100) * 16 / 10) / 2
+    assert steps_after(loads, params) == (1000 - 100 - 500 - 100) * 16 / 20

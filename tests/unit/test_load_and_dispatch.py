@@ -8,14 +8,16 @@ import pytest
 
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.dispatch import Choice, DispatchBook, NoChoice
+from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, Rule
 from orchestrator.policy.load import LoadParams, freeness, running_blocks, virtual_usage_blocks
 from tests.support.idle_report import report
 
+AT_ONCE = DispatchParams(slow_start_s=0.0)
 
-def book(*reports: LoadReport, now_s: float = 0.0) -> DispatchBook:
-    it = DispatchBook()
-    it.set_members([(InstanceId(one.instance), Epoch(one.epoch)) for one in reports])
+
+def book(*reports: LoadReport, now_s: float = 0.0, params: DispatchParams = AT_ONCE, gateway: str = "") -> DispatchBook:
+    it = DispatchBook(params, gateway=gateway)
+    it.set_members([(InstanceId(one.instance), Epoch(one.epoch)) for one in reports], 2 if gateway else 1)
     for one in reports:
         assert it.on_report(one, now_s)
     return it
@@ -56,6 +58,54 @@ def test_the_freest_instance_is_chosen() -> None:
 
 def test_ties_go_to_the_smallest_id() -> None:
     assert chosen(book(report("b"), report("a"), report("c"))) == "a"
+
+
+def test_each_of_several_gateways_breaks_ties_in_an_order_of_its_own() -> None:
+    equals = [report(name) for name in "abcdef"]
+    first = {chosen(book(*equals, gateway=f"tcp://127.0.0.1:{5000 + number}")) for number in range(20)}
+    assert len(first) > 1
+    assert chosen(book(*equals, gateway="tcp://x")) == chosen(book(*reversed(equals), gateway="tcp://x"))
+
+
+def test_an_old_report_loses_what_its_running_requests_need_by_now() -> None:
+    """10 requests, a step of 0.1 s: 100 tokens a second, 6.25 blocks of 16. After 2 s it has 12.5 blocks less."""
+    it = book(report("a", free_blocks=90, num_running=10, step_time_s=0.1), report("b", free_blocks=80, num_running=10))
+    assert chosen(it) == "a"
+    it.on_report(report("b", free_blocks=80, num_running=10, step=1), 2.0)
+    assert chosen(it, now_s=2.0) == "b"
+    choice = it.choose(10, 2.0, {InstanceId("b")})
+    assert isinstance(choice, Choice) and choice.reason.startswith(f"score {(90 - 12.5 - 10) / 11:.2f} "), choice
+
+
+def test_an_instance_that_has_just_come_gets_a_part_of_its_share_at_first() -> None:
+    params = DispatchParams(slow_start_s=10.0, slow_start_share=0.1)
+    it = book(report("old", free_blocks=40), params=params)
+    it.set_members([(InstanceId("old"), Epoch(1)), (InstanceId("new"), Epoch(1))])
+    for name in ("new", "old"):
+        it.on_report(report(name, free_blocks=100 if name == "new" else 40, step=1), 20.0)
+    assert chosen(it, now_s=20.0) == "old", "30 blocks against a tenth of 90"
+    for name in ("new", "old"):
+        it.on_report(report(name, free_blocks=100 if name == "new" else 40, step=2), 24.0)
+    assert chosen(it, now_s=24.0) == "new", "30 blocks against four tenths of 90"
+
+
+def test_what_a_choice_goes_by_can_change_while_it_serves() -> None:
+    it = book(report("a"), report("b", free_blocks=50))
+    it.on_dispatched(InstanceId("a"), 10, 0.0)
+    it.set_params(DispatchParams(rule=Rule.ROUND_ROBIN))
+    it.check_integrity()
+    assert [chosen(it), chosen(it), chosen(it)] == ["a", "b", "a"]
+    it.set_params(AT_ONCE)
+    it.check_integrity()
+    assert chosen(it, demand=45) == "a", "what was dispatched is still counted: 45 of 1 + 1, 5 of 1 elsewhere"
+
+
+def test_an_instance_that_has_just_come_is_still_better_than_one_that_is_full() -> None:
+    it = book(report("old", free_blocks=0, num_running=9), params=DispatchParams())
+    it.set_members([(InstanceId("old"), Epoch(1)), (InstanceId("new"), Epoch(1))])
+    for name in ("new", "old"):
+        it.on_report(report(name, free_blocks=100 if name == "new" else 0, num_running=9, step=1), 20.0)
+    assert chosen(it, now_s=20.0) == "new"
 
 
 def test_own_dispatches_count_until_a_report_has_seen_them() -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from instance.messages import Abort, Frame, LoadReport, OutputEntry, OwnerChanged, Submit, SubmitAnswer, Subscribe
+from instance.messages import (
+    Abort,
+    Frame,
+    LoadReport,
+    OutputEntry,
+    OwnerChanged,
+    PriorityChanged,
+    Submit,
+    SubmitAnswer,
+    Subscribe,
+)
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.router import Router
@@ -104,6 +114,17 @@ def test_a_request_is_sent_with_the_epoch_and_the_sequence_and_its_tokens_come_b
     assert desk.router.num_requests == 1
     desk.frame("a", token(2, finish=1))
     assert desk.router.num_requests == 0
+
+
+def test_one_request_can_be_ended_by_the_operator_and_the_others_go_on() -> None:
+    desk = Desk()
+    desk.submit("r")
+    desk.submit("s")
+    failure = Failure(FailureKind.CANCELLED, "ended")
+    effects = desk.checked(desk.router.fail_all(failure, [RequestId("r")]))
+    assert failures(effects) == [Fail(RequestId("r"), failure)] and sorted(aborted_at(effects)) == ["a", "b"]
+    assert desk.checked(desk.router.fail_all(failure, [RequestId("r")])) == [], "it is not here any more"
+    assert desk.router.num_requests == 1
 
 
 def test_requests_alternate_between_equal_instances() -> None:
@@ -267,6 +288,31 @@ def test_a_request_without_tokens_starts_again_when_its_instance_dies() -> None:
         "and the client's id comes back"
     )
     assert aborted_at(desk.checked(desk.router.abort(["r"]))) == ["b"]
+
+
+def priorities(effects: Iterable[Effect]) -> list[int]:
+    return [one.message.priority for one in effects if isinstance(one, Send) and isinstance(one.message, Submit)]
+
+
+def test_what_is_dispatched_anew_has_the_priority_it_was_given_meanwhile() -> None:
+    """1. a takes the request. 2. Its priority is changed there. 3. a dies before any token, b gets it, refuses, and a
+    third attempt waits here."""
+    desk = Desk()
+    assert priorities(desk.submit(priority=5)) == [5]
+    desk.answers("a")
+    assert desk.says(PriorityChanged("r", "a", 1, -10)) == []
+    desk.router.on_member_lost(InstanceId("a"), Epoch(1), 0.0)
+    anew = desk.after(0.6, heard="b")
+    assert submitted_to(anew) == ["b"] and priorities(anew) == [-10]
+    desk.answers("b", "r~2", refusal="queue is full")
+    desk.submit("later", priority=-9)
+    assert priorities(desk.after(0.05, heard="b"))[0] == -10, "and its place among those that wait here is by it"
+
+
+def test_a_new_priority_of_a_request_nobody_has_heard_of_changes_nothing() -> None:
+    desk = Desk()
+    assert desk.says(PriorityChanged("r", "a", 1, -10)) == []
+    assert priorities(desk.submit(priority=5)) == [5]
 
 
 def test_a_request_with_tokens_ends_with_an_error_when_its_instance_dies_and_others_go_on() -> None:

@@ -79,8 +79,10 @@ class Play:
         effects = self.on(ReportReceived(load))
         return effects + self.on(RequestsReceived(request_report(instance, *requests, step=self.step)))
 
-    def ends(self, number: int, outcome: Outcome = Outcome.COMMITTED) -> list[Effect]:
-        return self.on(MigrationEnded(MigrationNumber(number), outcome, "because", MigrationFigures()))
+    def ends(
+        self, number: int, outcome: Outcome = Outcome.COMMITTED, figures: MigrationFigures | None = None
+    ) -> list[Effect]:
+        return self.on(MigrationEnded(MigrationNumber(number), outcome, "because", figures or MigrationFigures()))
 
 
 def started(instance: InstanceId, epoch: int = 1) -> InstanceStarted:
@@ -111,7 +113,17 @@ def test_gateways_hear_of_each_instance_that_starts() -> None:
     assert isinstance(told, UpdateMembers)
     assert [member.incarnation.instance for member in told.members] == [A]
     (told,) = play.on(GatewayStarted("gateway-0", "kvferry-gateway-0", "http://127.0.0.1:8000"))
-    assert isinstance(told, UpdateMembers) and len(told.members) == 1
+    assert isinstance(told, UpdateMembers) and len(told.members) == 1 and told.num_gateways == 1
+
+
+def test_gateways_hear_how_many_they_are() -> None:
+    play = Play()
+    for number in range(2):
+        (told,) = play.on(GatewayStarted(f"gateway-{number}", f"kvferry-gateway-{number}", "http://127.0.0.1:8000"))
+    assert isinstance(told, UpdateMembers) and told.num_gateways == 2
+    (told,) = play.on(GatewayLost("gateway-0", "killed"))
+    assert isinstance(told, UpdateMembers) and told.num_gateways == 1
+    assert play.on(GatewayLost("gateway-0", "killed")) == [], "said once"
 
 
 def test_a_lost_instance_is_fenced_at_its_peers_and_leaves_the_membership() -> None:
@@ -156,7 +168,7 @@ def test_too_many_instances_are_an_error_that_changes_nothing() -> None:
 def test_a_lost_gateway_is_shown_as_such() -> None:
     play = Play()
     play.on(GatewayStarted("gateway-0", "kvferry-gateway-0", "http://127.0.0.1:8000"))
-    assert play.on(GatewayLost("gateway-0", "killed")) == []
+    play.on(GatewayLost("gateway-0", "killed"))
     assert [item.alive for item in play.core.snapshot(play.now_s).gateways] == [False]
 
 
@@ -372,6 +384,20 @@ def test_a_moved_request_rests() -> None:
     crowded(play)  # as if the reports were late and still listed them
     later = starts(play.on(Ticked()))
     assert later and not {move.request_id for move in first} & {move.request_id for move in later}
+
+
+def test_a_request_that_is_nearly_done_is_not_moved_once_copies_are_known_to_take_longer() -> None:
+    """Steps of 10 ms; a block has taken 5 ms, so 32 blocks take 16 steps, and 31 more tokens are too few for them."""
+    play = Play()
+    crowded(play)
+    first = starts(play.on(Ticked()))
+    for move in first:
+        play.ends(move.number, figures=MigrationFigures(copied_blocks=30, tail_blocks=2, duration_s=0.16))
+    play.now_s += 11
+    owned = [request_load(f"s{n:02}", 32, num_output_tokens=1000 - left) for n, left in enumerate([31] * 29 + [32])]
+    play.reports(A, *owned)
+    play.reports(B)
+    assert [move.request_id for move in starts(play.on(Ticked()))] == ["s29"]
 
 
 def test_a_blocked_head_of_the_queue_makes_room_for_itself() -> None:

@@ -39,20 +39,55 @@ class AdminServiceStub:
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListInstancesRequest.SerializeToString,
                 response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListInstancesResponse.FromString,
                 _registered_method=True)
+        self.GetInstance = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/GetInstance',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetInstanceRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetInstanceResponse.FromString,
+                _registered_method=True)
         self.ListRequests = channel.unary_unary(
                 '/kvferry.admin.v1.AdminService/ListRequests',
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+        self.GetRequest = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/GetRequest',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetRequestRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetRequestResponse.FromString,
                 _registered_method=True)
         self.ListMigrations = channel.unary_unary(
                 '/kvferry.admin.v1.AdminService/ListMigrations',
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListMigrationsRequest.SerializeToString,
                 response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListMigrationsResponse.FromString,
                 _registered_method=True)
+        self.GetMigration = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/GetMigration',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetMigrationRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetMigrationResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/kvferry.admin.v1.AdminService/Watch',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.WatchRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.WatchResponse.FromString,
+                _registered_method=True)
         self.MigrateRequest = channel.unary_unary(
                 '/kvferry.admin.v1.AdminService/MigrateRequest',
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.MigrateRequestRequest.SerializeToString,
                 response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.MigrateRequestResponse.FromString,
+                _registered_method=True)
+        self.CancelRequest = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/CancelRequest',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelRequestRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelRequestResponse.FromString,
+                _registered_method=True)
+        self.CancelMigration = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/CancelMigration',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationResponse.FromString,
+                _registered_method=True)
+        self.SetRequestPriority = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/SetRequestPriority',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityResponse.FromString,
                 _registered_method=True)
         self.DrainInstance = channel.unary_stream(
                 '/kvferry.admin.v1.AdminService/DrainInstance',
@@ -63,6 +98,16 @@ class AdminServiceStub:
                 '/kvferry.admin.v1.AdminService/UndrainInstance',
                 request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UndrainInstanceRequest.SerializeToString,
                 response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UndrainInstanceResponse.FromString,
+                _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/GetPolicy',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetPolicyRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetPolicyResponse.FromString,
+                _registered_method=True)
+        self.UpdatePolicy = channel.unary_unary(
+                '/kvferry.admin.v1.AdminService/UpdatePolicy',
+                request_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UpdatePolicyRequest.SerializeToString,
+                response_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UpdatePolicyResponse.FromString,
                 _registered_method=True)
 
 
@@ -76,8 +121,23 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetInstance(self, request, context):
+        """One instance: its latest incarnation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRequests(self, request, context):
-        """Requests that instances own, as of their last report.
+        """Requests that instances own, as of their last report, by instance and name. One that moves between the asking for two
+        pages may be on both, or on none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRequest(self, request, context):
+        """One request, by the engine's id, or by the client's if that fits only one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,11 +150,57 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMigration(self, request, context):
+        """One migration, in flight or among the last that ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """The current state first, then what changes: instances' states and loads, requests that arrive, move and end, migrations
+        that start and end. It shows states, not a log: what changes several times between two looks, or while the reader does not
+        read, is sent once, as it is then. So it costs the server the same whatever the reader does. It cannot be resumed: a new
+        stream begins with the current state again. The journal is the log.
+        RESOURCE_EXHAUSTED: too many streams are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MigrateRequest(self, request, context):
         """Moves one running request and answers when the migration has ended, whatever its outcome.
         NOT_FOUND: no such request or instance. INVALID_ARGUMENT: the name fits several requests.
         FAILED_PRECONDITION: it cannot be moved (now), or the destination is draining or already has it.
         RESOURCE_EXHAUSTED: too many migrations are in flight there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelRequest(self, request, context):
+        """Ends a running request: the client's stream ends with an error that says so. With n > 1 the siblings end, too.
+        NOT_FOUND: no instance has reported such a request. INVALID_ARGUMENT: the name fits several requests.
+        UNAVAILABLE: a gateway did not answer; trying again is safe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelMigration(self, request, context):
+        """Calls off a migration in flight and answers when it has ended: the request stays at its source.
+        NOT_FOUND: no such migration. FAILED_PRECONDITION: it has ended, or it was too late and it committed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRequestPriority(self, request, context):
+        """Makes a request more, or less, urgent while it waits or runs. Its tokens do not change; a migration takes it along. Answers
+        when the instance that owns it has made the change; setting the same priority again is safe.
+        NOT_FOUND: no such request, or it has just ended. INVALID_ARGUMENT: the name fits several requests, or there is no such level.
+        FAILED_PRECONDITION: its engine does not schedule by priority. ABORTED: its instance was lost.
+        UNAVAILABLE: the instance did not answer, or the request keeps changing hands; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +222,21 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPolicy(self, request, context):
+        """The parameters by which the orchestrator decides now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdatePolicy(self, request, context):
+        """Changes parameters while it runs: all of what is asked for, or nothing. They last as long as the orchestrator.
+        INVALID_ARGUMENT: its BadRequest details name each wrong field. ABORTED: the policy has another etag.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,20 +245,55 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListInstancesRequest.FromString,
                     response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListInstancesResponse.SerializeToString,
             ),
+            'GetInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInstance,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetInstanceRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetInstanceResponse.SerializeToString,
+            ),
             'ListRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRequests,
                     request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListRequestsRequest.FromString,
                     response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'GetRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRequest,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetRequestRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetRequestResponse.SerializeToString,
             ),
             'ListMigrations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMigrations,
                     request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListMigrationsRequest.FromString,
                     response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.ListMigrationsResponse.SerializeToString,
             ),
+            'GetMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMigration,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetMigrationRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetMigrationResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.WatchRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.WatchResponse.SerializeToString,
+            ),
             'MigrateRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.MigrateRequest,
                     request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.MigrateRequestRequest.FromString,
                     response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.MigrateRequestResponse.SerializeToString,
+            ),
+            'CancelRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelRequest,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelRequestRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelRequestResponse.SerializeToString,
+            ),
+            'CancelMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelMigration,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'SetRequestPriority': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRequestPriority,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityResponse.SerializeToString,
             ),
             'DrainInstance': grpc.unary_stream_rpc_method_handler(
                     servicer.DrainInstance,
@@ -148,6 +304,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.UndrainInstance,
                     request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UndrainInstanceRequest.FromString,
                     response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UndrainInstanceResponse.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetPolicyRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.GetPolicyResponse.SerializeToString,
+            ),
+            'UpdatePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePolicy,
+                    request_deserializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UpdatePolicyRequest.FromString,
+                    response_serializer=kvferry_dot_admin_dot_v1_dot_admin__pb2.UpdatePolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -188,6 +354,33 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
+    def GetInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/GetInstance',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetInstanceRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListRequests(request,
             target,
             options=(),
@@ -204,6 +397,33 @@ class AdminService:
             '/kvferry.admin.v1.AdminService/ListRequests',
             kvferry_dot_admin_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
             kvferry_dot_admin_dot_v1_dot_admin__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/GetRequest',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetRequestRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -242,6 +462,60 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
+    def GetMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/GetMigration',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetMigrationRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/Watch',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.WatchRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def MigrateRequest(request,
             target,
             options=(),
@@ -258,6 +532,87 @@ class AdminService:
             '/kvferry.admin.v1.AdminService/MigrateRequest',
             kvferry_dot_admin_dot_v1_dot_admin__pb2.MigrateRequestRequest.SerializeToString,
             kvferry_dot_admin_dot_v1_dot_admin__pb2.MigrateRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/CancelRequest',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelRequestRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/CancelMigration',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRequestPriority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/SetRequestPriority',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.SetRequestPriorityResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -312,6 +667,60 @@ class AdminService:
             '/kvferry.admin.v1.AdminService/UndrainInstance',
             kvferry_dot_admin_dot_v1_dot_admin__pb2.UndrainInstanceRequest.SerializeToString,
             kvferry_dot_admin_dot_v1_dot_admin__pb2.UndrainInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/GetPolicy',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetPolicyRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.GetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdatePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.admin.v1.AdminService/UpdatePolicy',
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.UpdatePolicyRequest.SerializeToString,
+            kvferry_dot_admin_dot_v1_dot_admin__pb2.UpdatePolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvferry/admin/v1/scaling.proto\x12\x10kvferry.admin.v1\"\xb3\x02\n\x07Scaling\x12\x1d\n\x10target_instances\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rmin_instances\x18\x02 \x01(\x05\x12\x15\n\rmax_instances\x18\x03 \x01(\x05\x12\x11\n\tautomatic\x18\x04 \x01(\x08\x12\x15\n\rnum_instances\x18\x05 \x01(\x05\x12\x10\n\x08starting\x18\x06 \x03(\t\x12\x10\n\x08retiring\x18\x07 \x03(\t\x12 \n\x13mean_freeness_steps\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x1a\n\x12num_start_failures\x18\n \x01(\x05\x12\x12\n\nretry_in_s\x18\x0b \x01(\x01\x42\x13\n\x11_target_instancesB\x16\n\x14_mean_freeness_steps\"\x13\n\x11GetScalingRequest\"@\n\x12GetScalingResponse\x12*\n\x07scaling\x18\x01 \x01(\x0b\x32\x19.kvferry.admin.v1.Scaling\"\xcd\x01\n\x15ScaleInstancesRequest\x12\x1d\n\x10target_instances\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rmin_instances\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rmax_instances\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tautomatic\x18\x04 \x01(\x08H\x03\x88\x01\x01\x42\x13\n\x11_target_instancesB\x10\n\x0e_min_instancesB\x10\n\x0e_max_instancesB\x0c\n\n_automatic\"D\n\x16ScaleInstancesResponse\x12*\n\x07scaling\x18\x01 \x01(\x0b\x32\x19.kvferry.admin.v1.Scaling2\xce\x01\n\x0eScalingService\x12W\n\nGetScaling\x12#.kvferry.admin.v1.GetScalingRequest\x1a$.kvferry.admin.v1.GetScalingResponse\x12\x63\n\x0eScaleInstances\x12\'.kvferry.admin.v1.ScaleInstancesRequest\x1a(.kvferry.admin.v1.ScaleInstancesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvferry/admin/v1/scaling.proto\x12\x10kvferry.admin.v1\"\xb3\x02\n\x07Scaling\x12\x1d\n\x10target_instances\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rmin_instances\x18\x02 \x01(\x05\x12\x15\n\rmax_instances\x18\x03 \x01(\x05\x12\x11\n\tautomatic\x18\x04 \x01(\x08\x12\x15\n\rnum_instances\x18\x05 \x01(\x05\x12\x10\n\x08starting\x18\x06 \x03(\t\x12\x10\n\x08retiring\x18\x07 \x03(\t\x12 \n\x13mean_freeness_steps\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x1a\n\x12num_start_failures\x18\n \x01(\x05\x12\x12\n\nretry_in_s\x18\x0b \x01(\x01\x42\x13\n\x11_target_instancesB\x16\n\x14_mean_freeness_steps\"\x13\n\x11GetScalingRequest\"@\n\x12GetScalingResponse\x12*\n\x07scaling\x18\x01 \x01(\x0b\x32\x19.kvferry.admin.v1.Scaling\"\xe1\x01\n\x15ScaleInstancesRequest\x12\x1d\n\x10target_instances\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rmin_instances\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rmax_instances\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tautomatic\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x13\n\x11_target_instancesB\x10\n\x0e_min_instancesB\x10\n\x0e_max_instancesB\x0c\n\n_automatic\"D\n\x16ScaleInstancesResponse\x12*\n\x07scaling\x18\x01 \x01(\x0b\x32\x19.kvferry.admin.v1.Scaling2\xce\x01\n\x0eScalingService\x12W\n\nGetScaling\x12#.kvferry.admin.v1.GetScalingRequest\x1a$.kvferry.admin.v1.GetScalingResponse\x12\x63\n\x0eScaleInstances\x12\'.kvferry.admin.v1.ScaleInstancesRequest\x1a(.kvferry.admin.v1.ScaleInstancesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSCALINGRESPONSE']._serialized_start=383
   _globals['_GETSCALINGRESPONSE']._serialized_end=447
   _globals['_SCALEINSTANCESREQUEST']._serialized_start=450
-  _globals['_SCALEINSTANCESREQUEST']._serialized_end=655
-  _globals['_SCALEINSTANCESRESPONSE']._serialized_start=657
-  _globals['_SCALEINSTANCESRESPONSE']._serialized_end=725
-  _globals['_SCALINGSERVICE']._serialized_start=728
-  _globals['_SCALINGSERVICE']._serialized_end=934
+  _globals['_SCALEINSTANCESREQUEST']._serialized_end=675
+  _globals['_SCALEINSTANCESRESPONSE']._serialized_start=677
+  _globals['_SCALEINSTANCESRESPONSE']._serialized_end=745
+  _globals['_SCALINGSERVICE']._serialized_start=748
+  _globals['_SCALINGSERVICE']._serialized_end=954
 # @@protoc_insertion_point(module_scope)

@@ -130,11 +130,13 @@ class ScaleInstancesRequest(_message.Message):
     MIN_INSTANCES_FIELD_NUMBER: _builtins.int
     MAX_INSTANCES_FIELD_NUMBER: _builtins.int
     AUTOMATIC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     target_instances: _builtins.int
     min_instances: _builtins.int
     """Fewest and most: no target is outside, neither yours nor that of autoscaling."""
     max_instances: _builtins.int
     automatic: _builtins.bool
+    request_id: _builtins.str
     def __init__(
         self,
         *,
@@ -142,10 +144,11 @@ class ScaleInstancesRequest(_message.Message):
         min_instances: _builtins.int | None = ...,
         max_instances: _builtins.int | None = ...,
         automatic: _builtins.bool | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_automatic", b"_automatic", "_max_instances", b"_max_instances", "_min_instances", b"_min_instances", "_target_instances", b"_target_instances", "automatic", b"automatic", "max_instances", b"max_instances", "min_instances", b"min_instances", "target_instances", b"target_instances"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_automatic", b"_automatic", "_max_instances", b"_max_instances", "_min_instances", b"_min_instances", "_target_instances", b"_target_instances", "automatic", b"automatic", "max_instances", b"max_instances", "min_instances", b"min_instances", "target_instances", b"target_instances"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_automatic", b"_automatic", "_max_instances", b"_max_instances", "_min_instances", b"_min_instances", "_target_instances", b"_target_instances", "automatic", b"automatic", "max_instances", b"max_instances", "min_instances", b"min_instances", "request_id", b"request_id", "target_instances", b"target_instances"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__automatic: _TypeAlias = _typing.Literal["automatic"]  # noqa: Y015
     _WhichOneofArgType__automatic: _TypeAlias = _typing.Literal["_automatic", b"_automatic"]  # noqa: Y015

@@ -59,7 +59,7 @@ class ScalingServiceServicer:
     def ScaleInstances(self, request, context):
         """Changes what is given, all of it or nothing, and answers at once; GetScaling tells how far it is. Instances that are
         missing are started. Those that are too many are emptied by migration, the cheapest first, and stopped when they are
-        empty. Setting the same twice changes nothing, so it may be repeated.
+        empty. `request_id` makes it safe to repeat, as in admin.proto, where the statuses of every call are, too.
         INVALID_ARGUMENT: nothing is given, or a number below 1. FAILED_PRECONDITION: the target is outside the limits, the
         limits contradict each other or the places there are, or this orchestrator cannot start instances.
         """

@@ -36,7 +36,7 @@ class ScalingServiceStub:
     ScaleInstances: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.ScaleInstancesRequest, _scaling_pb2.ScaleInstancesResponse]
     """Changes what is given, all of it or nothing, and answers at once; GetScaling tells how far it is. Instances that are
     missing are started. Those that are too many are emptied by migration, the cheapest first, and stopped when they are
-    empty. Setting the same twice changes nothing, so it may be repeated.
+    empty. `request_id` makes it safe to repeat, as in admin.proto, where the statuses of every call are, too.
     INVALID_ARGUMENT: nothing is given, or a number below 1. FAILED_PRECONDITION: the target is outside the limits, the
     limits contradict each other or the places there are, or this orchestrator cannot start instances.
     """
@@ -49,7 +49,7 @@ class ScalingServiceAsyncStub(ScalingServiceStub):
     ScaleInstances: _aio.UnaryUnaryMultiCallable[_scaling_pb2.ScaleInstancesRequest, _scaling_pb2.ScaleInstancesResponse]  # type: ignore[assignment]
     """Changes what is given, all of it or nothing, and answers at once; GetScaling tells how far it is. Instances that are
     missing are started. Those that are too many are emptied by migration, the cheapest first, and stopped when they are
-    empty. Setting the same twice changes nothing, so it may be repeated.
+    empty. `request_id` makes it safe to repeat, as in admin.proto, where the statuses of every call are, too.
     INVALID_ARGUMENT: nothing is given, or a number below 1. FAILED_PRECONDITION: the target is outside the limits, the
     limits contradict each other or the places there are, or this orchestrator cannot start instances.
     """
@@ -71,7 +71,7 @@ class ScalingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scaling_pb2.ScaleInstancesResponse, _abc.Awaitable[_scaling_pb2.ScaleInstancesResponse]]:
         """Changes what is given, all of it or nothing, and answers at once; GetScaling tells how far it is. Instances that are
         missing are started. Those that are too many are emptied by migration, the cheapest first, and stopped when they are
-        empty. Setting the same twice changes nothing, so it may be repeated.
+        empty. `request_id` makes it safe to repeat, as in admin.proto, where the statuses of every call are, too.
         INVALID_ARGUMENT: nothing is given, or a number below 1. FAILED_PRECONDITION: the target is outside the limits, the
         limits contradict each other or the places there are, or this orchestrator cannot start instances.
         """
