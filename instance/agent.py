@@ -14,6 +14,7 @@ from instance.lifecycle import State, follow
 from instance.loop import EngineLoop, StepDone
 from instance.mailbox import Mailbox
 from instance.messages import (
+    NO_STEPS,
     Abort,
     FleetMessage,
     Frame,
@@ -27,7 +28,7 @@ from instance.messages import (
     Subscribe,
 )
 from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
-from instance.report import Standing, Subscribers, load_report, smooth_step_time
+from instance.report import Standing, Subscribers, add_step, load_report, smooth_step_time
 from instance.spec import InstanceSpec, MigrationSummary
 from instance.stream import StreamTable, Tombstones
 from instance.types import (
@@ -78,6 +79,7 @@ class Agent:
         self._tombstones = Tombstones()
         self._subscribers = Subscribers()
         self._step_time_s = 0.0
+        self._steps = NO_STEPS
         self._num_adding = 0
         self._fenced: dict[str, int] = {}
         self.counts = AgentCounts()
@@ -179,6 +181,7 @@ class Agent:
         """One step: a frame to every gateway that has tokens in it."""
         elapsed_s = done.time.end_s - done.time.start_s
         self._step_time_s = smooth_step_time(self._step_time_s, elapsed_s, done.result.num_decoding)
+        self._steps = add_step(self._steps, done.result.work, max(elapsed_s, self._loop.min_step_s))
         if not done.result.outputs:
             return
         now_s = self._loop.now_s()
@@ -325,6 +328,9 @@ class Agent:
             step_time_s=self._step_time_s,
             migrations_in=self._incoming.num_incoming,
             migrations_out=len(self._outgoing),
+            steps=self._steps,
+            max_step_tokens=self._facts.max_num_batched_tokens,
+            max_running=self._facts.max_num_seqs,
         )
         return load_report(standing, self._loop.load, self._subscribers.submits_seen(address))
 

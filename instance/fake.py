@@ -26,6 +26,7 @@ from instance.types import (
     RequestView,
     StepResult,
     Submission,
+    step_work,
 )
 from instance.vllm.handshake import encode, why_refused
 from migration.ports import BlockMover
@@ -140,14 +141,11 @@ class FakeEngine:
         else:
             outputs = self._give_out()
             plan = self._compute()
-        num_scheduled = sum(count for _, count in plan)
+        # A plan is read after its step: its tokens are computed, and the first output is there.
+        work = step_work((n, s.computed - n, n == 1 and s.num_output > 1) for s, n in plan)
+        num_scheduled = work.num_prefill_tokens + work.num_decode_tokens
         self.last_step_s = self._config.step_base_s + num_scheduled * self._config.step_token_s
-        return StepResult(
-            outputs=outputs,
-            executed=bool(plan),
-            num_scheduled_tokens=num_scheduled,
-            num_decoding=sum(1 for sequence, count in plan if count == 1 and sequence.num_output > 1),
-        )
+        return StepResult(outputs, bool(plan), num_scheduled, work.num_decoding, work)
 
     def load(self) -> EngineLoad:
         scheduler, size = self._scheduler, self._config.block_size

@@ -99,6 +99,11 @@ class EngineLoop:
         """For its `facts` and its `mover` only: the rest belongs to the thread."""
         return self._engine
 
+    @property
+    def min_step_s(self) -> float:
+        """No step starts earlier after the one before: what a step of a paced engine takes at least."""
+        return self._min_step_s
+
     def now_s(self) -> float:
         """The asyncio loop's clock."""
         return self._loop.time()

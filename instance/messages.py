@@ -74,6 +74,32 @@ class OutputEntry(msgspec.Struct, frozen=True, array_like=True):
     """The engine's full encoding of the output when it holds more than tokens and the finish (logprobs ...)."""
 
 
+class StepTotals(msgspec.Struct, frozen=True, array_like=True):
+    """What all steps of this incarnation have computed, and how long they took: sums that only grow.
+
+    The difference of two reports is what lies between them, whichever reports were lost in between.
+    """
+
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_wide_tokens: int = 0
+    """Tokens of a step beyond WIDE_STEP_TOKENS."""
+    num_decoding: int = 0
+    num_context_tokens: int = 0
+    num_attended_pairs: int = 0
+    busy_s: float = 0.0
+    """Time in steps that computed something."""
+
+
+WIDE_STEP_TOKENS = 256
+"""Beyond about so many tokens a step's matrix products wait for arithmetic and no longer for the weights (120 to 332 in
+fits of published GPU profiles, one at 1,196)."""
+
+
+NO_STEPS = StepTotals()
+
+
 class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """An instance's load at a step boundary; all sizes in KV blocks of `block_size` tokens."""
 
@@ -104,6 +130,11 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     migrations_out: int
     submits_seen: int = 0
     """Highest `Submit.sequence` seen from the gateway this report goes to."""
+    steps: StepTotals = NO_STEPS
+    max_step_tokens: int = 0
+    """Most tokens a step computes; 0: not told."""
+    max_running: int = 0
+    """Most requests that run at once; 0: not told."""
 
 
 class Frame(msgspec.Struct, frozen=True, tag=True):

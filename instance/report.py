@@ -6,8 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from instance.lifecycle import State
-from instance.messages import LoadReport
-from instance.types import EngineLoad
+from instance.messages import NO_STEPS, WIDE_STEP_TOKENS, LoadReport, StepTotals
+from instance.types import EngineLoad, StepWork
 
 REPORT_INTERVAL_S = 0.1
 REQUEST_REPORT_INTERVAL_S = 0.25
@@ -30,6 +30,9 @@ class Standing:
     step_time_s: float
     migrations_in: int
     migrations_out: int
+    steps: StepTotals = NO_STEPS
+    max_step_tokens: int = 0
+    max_running: int = 0
 
 
 def load_report(standing: Standing, load: EngineLoad, submits_seen: int) -> LoadReport:
@@ -52,6 +55,26 @@ def load_report(standing: Standing, load: EngineLoad, submits_seen: int) -> Load
         migrations_in=standing.migrations_in,
         migrations_out=standing.migrations_out,
         submits_seen=submits_seen,
+        steps=standing.steps,
+        max_step_tokens=standing.max_step_tokens,
+        max_running=standing.max_running,
+    )
+
+
+def add_step(totals: StepTotals, work: StepWork, elapsed_s: float) -> StepTotals:
+    """The totals with one more step. Not counted: one that computed nothing, or whose clock did not move."""
+    num_tokens = work.num_prefill_tokens + work.num_decode_tokens
+    if num_tokens == 0 or elapsed_s <= 0.0:
+        return totals
+    return StepTotals(
+        totals.num_steps + 1,
+        totals.num_prefill_tokens + work.num_prefill_tokens,
+        totals.num_decode_tokens + work.num_decode_tokens,
+        totals.num_wide_tokens + max(0, num_tokens - WIDE_STEP_TOKENS),
+        totals.num_decoding + work.num_decoding,
+        totals.num_context_tokens + work.num_context_tokens,
+        totals.num_attended_pairs + work.num_attended_pairs,
+        totals.busy_s + elapsed_s,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -67,12 +68,43 @@ class EngineOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step computes: all that its time is explained by (orchestrator/policy/steptime.py)."""
+
+    num_prefill_tokens: int = 0
+    """Of prompts, and of what is computed anew after a preemption."""
+    num_decode_tokens: int = 0
+    """One for each request that decodes; more where guesses are verified."""
+    num_decoding: int = 0
+    num_context_tokens: int = 0
+    """KV tokens that the decoding requests had before this step: what their attention reads."""
+    num_attended_pairs: int = 0
+    """Over the chunks prefilled: tokens times the context before them, and half the square of the chunk."""
+
+
+NO_WORK = StepWork()
+
+
+def step_work(chunks: Iterable[tuple[int, int, bool]]) -> StepWork:
+    """Of a step that computes these: (tokens, KV tokens computed before, whether the request decodes)."""
+    prefill = decode = decoding = context = pairs = 0
+    for num_tokens, num_before, is_decoding in chunks:
+        if is_decoding:
+            decode, decoding, context = decode + num_tokens, decoding + 1, context + num_before
+        else:
+            prefill, pairs = prefill + num_tokens, pairs + num_tokens * num_before + num_tokens * num_tokens // 2
+    return StepWork(prefill, decode, decoding, context, pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     outputs: tuple[EngineOutput, ...]
     executed: bool
     """False: nothing was computed (no request could be scheduled)."""
     num_scheduled_tokens: int
     num_decoding: int
+    work: StepWork = NO_WORK
+    """Of the step whose time this call took: with asynchronous scheduling the one before that which it scheduled."""
 
 
 @dataclass(frozen=True, slots=True)

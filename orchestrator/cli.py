@@ -49,6 +49,7 @@ _COPIES = "Budget of copies from an instance while requests decode on, and again
 _COPIES_SUIT = "12.5 without a GPU, no limit with one"
 _LEVELS = "NAME:RANK[:BLOCKS],...: vLLM's rank (lower is urgent), and blocks kept free beside one that runs."
 _KEYS = "YAML file of API keys and the level of each, the most urgent it may have."
+_CLASSES = "Targets in ms by class, as NAME=TTFT/TPOT,... with - for none: interactive=500/50,bulk=60000/-."
 _CHECKSUM = "Sum every chunk of blocks, and refuse one that came otherwise. Not with nccl."
 
 
@@ -155,6 +156,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     priority_levels: Annotated[str | None, _option(_LEVELS, "PRIORITY_LEVELS", DEFAULT_LEVELS, _PRIORITIES)] = None,
     priority_keys: Annotated[str | None, _option(_KEYS, "PRIORITY_KEYS", "none", _PRIORITIES)] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
+    slo_classes: Annotated[str | None, _option(_CLASSES, "SLO_CLASSES", "none")] = None,
     journal: Annotated[str | None, _option("File for events and decisions, as JSON lines.", "JOURNAL", "none")] = None,
     journal_part_mib: Annotated[
         int | None, _option("MiB of a file of the journal; then the next one begins.", "JOURNAL_PART_MIB", 32)
@@ -205,6 +207,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "priority_levels": priority_levels,
         "priority_keys": priority_keys,
         "start_timeout_s": start_timeout_s,
+        "slo_classes": slo_classes,
         "journal": journal,
         "journal_part_mib": journal_part_mib,
         "journal_parts": journal_parts,

@@ -21,6 +21,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.gateway.priorities import key_digest
 from orchestrator.policy.dispatch import Rule
 from orchestrator.policy.levels import DEFAULT_LEVELS, BadLevel, Levels, parse_levels
+from orchestrator.policy.targets import parse_classes
 
 PREFIX = "KVFERRY_"
 MIN_TOKEN_CHARS = 16
@@ -111,6 +112,8 @@ class ServeConfig:
     """File of API keys and the level of each."""
     key_priorities: tuple[tuple[str, int], ...] = dataclasses.field(default=(), repr=False)
     """What that file says: (digest of a key, priority); has no flag."""
+    slo_classes: str = ""
+    """`NAME=TTFT_MS/TPOT_MS,...`: targets of requests that name a class."""
     journal: str = ""
     journal_part_mib: int = 32
     journal_parts: int = 4
@@ -163,6 +166,10 @@ class ServeConfig:
             parse_levels(self.priority_levels)
         except BadLevel as error:
             raise ConfigError(f"--priority-levels: {error}") from error
+        try:
+            parse_classes(self.slo_classes)
+        except ValueError as error:
+            raise ConfigError(f"--slo-classes: {error}") from error
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
 

@@ -10,6 +10,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from instance.types import (
+    NO_WORK,
     CommittedRequest,
     EngineFacts,
     EngineLoad,
@@ -150,11 +151,12 @@ class VllmEngine:
         return bool(self._scheduler.has_requests() or self._core.batch_queue)
 
     def step(self) -> StepResult:
+        self._scheduler.ferry_last_work = NO_WORK  # with asynchronous scheduling a call may wait for no step
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         results = tuple(self._output(output) for batch in (outputs or {}).values() for output in batch.outputs)
         num_tokens, num_decoding = getattr(self._scheduler, "ferry_last_step", (0, 0)) if executed else (0, 0)
-        return StepResult(results, executed, num_tokens, num_decoding)
+        return StepResult(results, executed, num_tokens, num_decoding, self._scheduler.ferry_last_work)
 
     def _output(self, output: Any) -> EngineOutput:
         finish = output.finish_reason
@@ -385,10 +387,8 @@ class VllmEngine:
         return reason
 
     def _why_unmovable(self, request: Request, submitted: _Submitted) -> str | None:
-        if self._facts.migration_refused_because is not None:
-            return self._facts.migration_refused_because
-        scheduler = self._scheduler
-        reason = why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens)
+        scheduler, refused = self._scheduler, self._facts.migration_refused_because
+        reason = refused or why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens)
         return reason or why_too_large(submitted.payload)
 
     def _refuse_commit(self, migration_id: MigrationId, reason: str) -> Refusal:

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
+from instance.types import NO_WORK, step_work
 from instance.vllm import blocks, images, speculation
 from instance.vllm.blocks import NoRoom
 from instance.vllm.codec import PREFILL_FIELDS, STATE_VERSION, RequestState
@@ -64,6 +65,8 @@ class FerryMixin:
         self.ferry_num_preemptions = 0
         self.ferry_last_step = (0, 0)
         """(tokens scheduled, requests that decoded) by the last step."""
+        self.ferry_last_work = NO_WORK
+        """Of the step whose outputs came last."""
         # As for a KV connector's consumer: incoming blocks are written outside the step stream, so a block freed
         # while a step that writes it is in flight must not be handed out yet.
         if self.vllm_config.max_concurrent_batches > 1:
@@ -85,18 +88,20 @@ class FerryMixin:
         holding = {request.request_id for request in self.kv_holding_waiting}
         output = parent.schedule(throttle_prefills)
         begun = {request.req_id for request in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
-        self.ferry_steps.scheduled(output, begun - holding)  # what held blocks brought its own KV
-        num_decoding = 0
+        chunks = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
-            num_decoding += request.num_computed_tokens - num_tokens >= request.num_prompt_tokens
-        self.ferry_last_step = (output.total_num_scheduled_tokens, num_decoding)
+            num_before = request.num_computed_tokens - num_tokens
+            chunks.append((num_tokens, num_before, num_before >= request.num_prompt_tokens))
+        work = step_work(chunks)
+        self.ferry_steps.scheduled(output, begun - holding, work)  # what held blocks brought its own KV
+        self.ferry_last_step = (output.total_num_scheduled_tokens, work.num_decoding)
         return output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         parent: Any = super()
         outputs = parent.update_from_output(scheduler_output, model_runner_output)
-        self.ferry_steps.processed(scheduler_output)
+        self.ferry_last_work = self.ferry_steps.processed(scheduler_output)
         for request_id in tuple(self.ferry_returning):
             if self.ferry_rest(request_id) is Rest.QUIET:
                 self.ferry_thaw(request_id)

@@ -75,6 +75,9 @@ class Guard(grpc.aio.ServerInterceptor):
                 return await asyncio.shield(self._repetitions.begin(request.request_id, request, work))
             except Failure as failure:
                 await failure.abort(context)
+            except asyncio.CancelledError:
+                await _abort_unless_cancelled(context)
+                raise
 
         return guarded
 
@@ -88,6 +91,9 @@ class Guard(grpc.aio.ServerInterceptor):
                         await context.write(message)
             except Failure as failure:
                 await failure.abort(context)
+            except asyncio.CancelledError:
+                await _abort_unless_cancelled(context)
+                raise
 
         return guarded
 
@@ -100,6 +106,14 @@ def _check(request: Any, context: Context) -> None:
         raise Failure(
             grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED", "its deadline had passed: nothing was done"
         )
+
+
+async def _abort_unless_cancelled(context: Context) -> None:
+    """What was waited for was cancelled, and not this call: the loop that would have answered has ended."""
+    task = asyncio.current_task()
+    if task is not None and not task.cancelling():
+        text = "the orchestrator's loop has ended; whether it was done is unknown"
+        await Failure(grpc.StatusCode.UNAVAILABLE, "LOOP_ENDED", text).abort(context)
 
 
 def _is_to_be_remembered(request: Message) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from operator import is_
 
 import grpc
 
 from instance.messages import RequestLoad
-from migration.types import InstanceId
+from migration.types import Epoch, InstanceId
 from orchestrator.admin import convert
 from orchestrator.admin.failures import Failure, invalid
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
@@ -20,10 +19,13 @@ from orchestrator.state import InstanceSnapshot, MigrationRecord, Snapshot
 ALL_TOPICS = frozenset({pb.WATCH_TOPIC_INSTANCES, pb.WATCH_TOPIC_REQUESTS, pb.WATCH_TOPIC_MIGRATIONS})
 
 
+Place = tuple[InstanceId, Epoch]
+
+
 @dataclass(frozen=True, slots=True)
 class WatchParams:
     period_s: float = 0.25
-    """Time between two looks."""
+    """Time between two looks; longer where a look takes more than a tenth of it."""
     alive_s: float = 10.0
     """An empty message after so long without a change."""
     max_streams: int = 16
@@ -31,6 +33,21 @@ class WatchParams:
     """In one message."""
     gone_after_s: float = 0.6
     """A request on the move may be in nobody's report for a moment: it has ended when it is missing for so long."""
+    requests_at_once: int = 500
+    """Looked at before others have their turn."""
+
+
+SHARE = 0.1
+"""Of the time one stream may spend looking."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """The last report of an instance that the reader was told of."""
+
+    loads: tuple[RequestLoad, ...]
+    ids: frozenset[str]
+    at_s: float
 
 
 class Watcher:
@@ -39,11 +56,10 @@ class Watcher:
     def __init__(self, topics: frozenset[int], params: WatchParams) -> None:
         self._topics = topics
         self._params = params
-        self._instances: dict[tuple[str, int], tuple[object, ...]] = {}
-        self._reports: list[tuple[RequestLoad, ...]] = []
-        self._requests: dict[str, tuple[InstanceId, str, int]] = {}
-        """Owner, status and priority as told, by the engine's id."""
-        self._external_ids: dict[str, str] = {}
+        self._instances: dict[Place, tuple[object, ...]] = {}
+        self._reports: dict[Place, _Report] = {}
+        self._requests: dict[str, tuple[Place, str, int, str]] = {}
+        """Owner, status, priority and the client's id as told, by the engine's id."""
         self._missing_since_s: dict[str, float] = {}
         self._in_flight: set[MigrationNumber] = set()
         self._latest: MigrationNumber | None = None
@@ -53,19 +69,21 @@ class Watcher:
 
     def look(self, snapshot: Snapshot) -> list[pb.Change]:
         """What it is to be told now."""
-        changes: list[pb.Change] = []
+        return [change for part in self.parts(snapshot) for change in part]
+
+    def parts(self, snapshot: Snapshot) -> Iterator[list[pb.Change]]:
+        """The same in parts, none of which takes long to make."""
         if pb.WATCH_TOPIC_INSTANCES in self._topics:
-            changes += self._look_at_instances(snapshot)
+            yield list(self._look_at_instances(snapshot))
         if pb.WATCH_TOPIC_REQUESTS in self._topics:
-            changes += self._look_at_requests(snapshot)
+            yield from self._look_at_requests(snapshot)
         if pb.WATCH_TOPIC_MIGRATIONS in self._topics:
-            changes += self._look_at_migrations(snapshot)
-        return changes
+            yield list(self._look_at_migrations(snapshot))
 
     def _look_at_instances(self, snapshot: Snapshot) -> Iterator[pb.Change]:
-        now: dict[tuple[str, int], tuple[object, ...]] = {}
+        now: dict[Place, tuple[object, ...]] = {}
         for item in snapshot.instances:
-            key = (item.incarnation.instance, item.incarnation.epoch)
+            key = _place(item)
             now[key] = (item.state, item.reason, item.drained, item.load)
             if key not in self._instances:
                 yield pb.Change(kind=pb.Change.KIND_ADDED, instance=convert.instance(item))
@@ -77,37 +95,65 @@ class Watcher:
         self._instances = now
 
     # ------------------------------------------------------------------ requests
-    def _look_at_requests(self, snapshot: Snapshot) -> Iterator[pb.Change]:
-        reports = [item.requests for item in snapshot.instances]
-        is_same = len(reports) == len(self._reports) and all(map(is_, reports, self._reports))
-        if is_same and not self._missing_since_s:
-            return
-        self._reports = reports
-        there: dict[str, tuple[RequestLoad, InstanceSnapshot]] = {}
-        for item in sorted(snapshot.instances, key=lambda item: -item.requests_age_s):
-            there.update((load.request_id, (load, item)) for load in item.requests)  # the later word counts
-        for request_id, (load, item) in there.items():
-            self._missing_since_s.pop(request_id, None)
+    def _look_at_requests(self, snapshot: Snapshot) -> Iterator[list[pb.Change]]:
+        """Only reports that are new are looked at."""
+        now = {_place(item): item for item in snapshot.instances}
+        for place in self._reports.keys() - now.keys():
+            self._miss(place, self._reports.pop(place).ids, snapshot.now_s)
+        changes: list[pb.Change] = []
+        num_seen = 0
+        for place, item in now.items():
+            known = self._reports.get(place)
+            if known is not None and known.loads is item.requests:
+                continue
+            report = _Report(
+                item.requests,
+                frozenset(load.request_id for load in item.requests),
+                snapshot.now_s - item.requests_age_s,
+            )
+            changes += self._look_at_report(place, item, report)
+            self._reports[place] = report
+            if known is not None:
+                self._miss(place, known.ids - report.ids, snapshot.now_s)
+            num_seen += len(item.requests)
+            if num_seen >= self._params.requests_at_once:
+                yield changes
+                changes, num_seen = [], 0
+        over_s = snapshot.now_s - self._params.gone_after_s
+        for request_id in [one for one, since_s in self._missing_since_s.items() if since_s <= over_s]:
+            changes.append(pb.Change(kind=pb.Change.KIND_ENDED, request=self._forget(request_id)))
+        yield changes
+
+    def _look_at_report(self, place: Place, item: InstanceSnapshot, report: _Report) -> Iterator[pb.Change]:
+        for load in item.requests:
+            request_id = load.request_id
             told = self._requests.get(request_id)
-            now = (item.incarnation.instance, load.status, load.priority)
+            now = (place, load.status, load.priority, load.external_id)
+            if told is not None and told[0] != place:
+                other = self._reports.get(told[0])
+                if other is not None and request_id in other.ids and other.at_s >= report.at_s:
+                    continue  # for a moment after a hand-over both sides list it: the later word counts
+            if self._missing_since_s:
+                self._missing_since_s.pop(request_id, None)
             if told == now:
                 continue
             self._requests[request_id] = now
-            self._external_ids[request_id] = load.external_id
             kind = pb.Change.KIND_ADDED if told is None else pb.Change.KIND_CHANGED
             yield pb.Change(kind=kind, request=convert.request(load, item))
-        for request_id in self._requests.keys() - there.keys():
-            self._missing_since_s.setdefault(request_id, snapshot.now_s)
-        over_s = snapshot.now_s - self._params.gone_after_s
-        for request_id in [one for one, since_s in self._missing_since_s.items() if since_s <= over_s]:
-            yield pb.Change(kind=pb.Change.KIND_ENDED, request=self._forget(request_id))
+
+    def _miss(self, place: Place, request_ids: frozenset[str], now_s: float) -> None:
+        """Their owner does not list them any more."""
+        for request_id in request_ids:
+            told = self._requests.get(request_id)
+            if told is not None and told[0] == place:
+                self._missing_since_s.setdefault(request_id, now_s)
 
     def _forget(self, request_id: str) -> pb.Request:
         del self._missing_since_s[request_id]
-        owner, status, priority = self._requests.pop(request_id)
+        (owner, _), status, priority, external_id = self._requests.pop(request_id)
         return pb.Request(
             name=convert.REQUESTS + request_id,
-            external_id=self._external_ids.pop(request_id),
+            external_id=external_id,
             instance=convert.INSTANCES + owner,
             status=status,
             priority=priority,
@@ -130,6 +176,10 @@ class Watcher:
                 yield _migration(pb.Change.KIND_ADDED, record, snapshot.now_s)
             elif not is_first:
                 yield _migration(pb.Change.KIND_ENDED, record, snapshot.now_s)
+
+
+def _place(item: InstanceSnapshot) -> Place:
+    return item.incarnation.instance, item.incarnation.epoch
 
 
 def _migration(kind: pb.Change.Kind.ValueType, record: MigrationRecord, now_s: float) -> pb.Change:
@@ -166,27 +216,31 @@ class Watchtower:
         self._closing.set()
 
     async def _tell(self, watcher: Watcher) -> AsyncIterator[pb.WatchResponse]:
-        is_synced, told_s = False, 0.0
+        now_s, size = asyncio.get_running_loop().time, self._params.max_changes
+        is_synced, told_s = False, now_s()
         while not self._closing.is_set():
-            snapshot = self._look()
-            changes, size = watcher.look(snapshot), self._params.max_changes
-            for start in range(0, len(changes), size):
-                message = pb.WatchResponse(changes=changes[start : start + size])
-                message.num_missed_migrations = watcher.num_missed
-                message.synced = is_synced or start + size >= len(changes)
-                yield message
-            if not changes and (not is_synced or snapshot.now_s - told_s >= self._params.alive_s):
-                yield pb.WatchResponse(synced=True, num_missed_migrations=watcher.num_missed)
-                told_s = snapshot.now_s
-            if changes:
-                told_s = snapshot.now_s
-            is_synced = True
+            looking_s, began_s = 0.0, now_s()
+            for changes in watcher.parts(self._look()):
+                looking_s += now_s() - began_s
+                for start in range(0, len(changes), size):
+                    yield self._message(watcher, is_synced, changes[start : start + size])
+                    told_s = now_s()
+                await asyncio.sleep(0)  # the loop has more to do than to tell people about it
+                began_s = now_s()
+            if not is_synced or now_s() - told_s >= self._params.alive_s:
+                is_synced = True
+                yield self._message(watcher, is_synced, [])
+                told_s = now_s()
             try:
-                async with asyncio.timeout(self._params.period_s):
+                async with asyncio.timeout(max(self._params.period_s, looking_s / SHARE)):
                     await self._closing.wait()
             except TimeoutError:
                 continue
         raise Failure(grpc.StatusCode.UNAVAILABLE, "STOPPING", "the orchestrator is being stopped")
+
+    @staticmethod
+    def _message(watcher: Watcher, is_synced: bool, changes: list[pb.Change]) -> pb.WatchResponse:
+        return pb.WatchResponse(changes=changes, synced=is_synced, num_missed_migrations=watcher.num_missed)
 
     def _look(self) -> Snapshot:
         """One snapshot serves all streams that look at about the same time."""

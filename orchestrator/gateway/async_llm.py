@@ -9,6 +9,7 @@ import asyncio
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, assert_never
+from weakref import WeakKeyDictionary
 
 from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMValidationError
 from vllm.renderers import renderer_from_config
@@ -22,6 +23,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from migration.types import RequestId
+from orchestrator.gateway.asks import AnswerNotes, answer_notes
 from orchestrator.gateway.core_client import FleetCoreClient
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.loop import GatewayLoop
@@ -71,6 +73,8 @@ class FleetLLM(AsyncLLM):
         self._profile_session_active = False
         self._loop = loop
         self._stopping: Failure | None = None
+        self._notes: WeakKeyDictionary[RequestOutputCollector, AnswerNotes] = WeakKeyDictionary()
+        """What the answers that are being made must say, for as long as somebody waits for them."""
         client.connect(self._fail, self.output_processor.has_request)
         self.output_handler = None
         self._run_output_handler()
@@ -83,10 +87,11 @@ class FleetLLM(AsyncLLM):
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """vLLM calls it before a stream's status is sent: the one place where a stream can still get a 503."""
         if self._stopping is not None:
-            raise http_error(self._stopping)
+            raise http_error(_noted(self._stopping, answer_notes.get()))
         reason = self._loop.router.why_nobody_serves(self._loop.now_s())
         if reason is not None:
-            raise http_error(Failure(FailureKind.NOBODY, f"{reason}; please retry later"))
+            failure = Failure(FailureKind.NOBODY, f"{reason}; please retry later")
+            raise http_error(_noted(failure, answer_notes.get()))
         super().check_admission(n, request_id)
 
     async def check_health(self) -> None:
@@ -108,6 +113,8 @@ class FleetLLM(AsyncLLM):
         index: int,
         queue: RequestOutputCollector,
     ) -> None:
+        if (notes := answer_notes.get()) is not None:
+            self._notes[queue] = notes
         try:
             await super()._add_request(request, prompt, parent_req, index, queue)
         except VLLMError:
@@ -124,7 +131,13 @@ class FleetLLM(AsyncLLM):
         siblings = self.output_processor.abort_requests((whole,), internal=True)
         self._loop.abort(sibling for sibling in siblings if sibling != request_id)
         if state.queue is not None:
-            state.queue.put(http_error(failure))
+            state.queue.put(http_error(_noted(failure, self._notes.get(state.queue))))
+
+
+def _noted(failure: Failure, notes: AnswerNotes | None) -> Failure:
+    if notes is not None:
+        notes.failure = failure
+    return failure
 
 
 def http_error(failure: Failure) -> VLLMError:
@@ -132,7 +145,7 @@ def http_error(failure: Failure) -> VLLMError:
     match failure.kind:
         case FailureKind.IMPOSSIBLE:
             return VLLMValidationError(failure.message)
-        case FailureKind.BUSY:
+        case FailureKind.BUSY | FailureKind.SLO:
             return GracefulHTTPError(failure.message, HTTPStatus.TOO_MANY_REQUESTS)
         case FailureKind.CANCELLED:  # clients' libraries try again after 408, 409, 429 and 5xx; this must not come back
             return GracefulHTTPError(failure.message, HTTPStatus.GONE)

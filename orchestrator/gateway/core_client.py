@@ -19,6 +19,7 @@ from instance.messages import MAX_MESSAGE_BYTES
 from instance.vllm.codec import CodecError, decode_output, encode_request
 from instance.vllm.flags import check_adapter_path
 from migration.types import RequestId
+from orchestrator.gateway.asks import request_asks
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.loop import GatewayLoop
 from orchestrator.gateway.relay import Owner
@@ -99,6 +100,7 @@ class FleetCoreClient(EngineCoreClient):
                 max_tokens=params.max_tokens or 0,
                 payload=payload,
                 payload_as=lambda request_id: self._encode(_renamed(request, request_id)),
+                asks=request_asks.get(),
             )
         )
 

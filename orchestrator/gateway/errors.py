@@ -27,6 +27,17 @@ class FailureKind(Enum):
     """This gateway is being stopped."""
     CANCELLED = "cancelled"
     """The operator ended it."""
+    SLO = "slo"
+    """It asked to be rejected when its targets cannot be met, and they cannot."""
+
+    @property
+    def http_status(self) -> int:
+        """What the client gets where no token has been sent."""
+        if self is FailureKind.IMPOSSIBLE:
+            return 400
+        if self is FailureKind.CANCELLED:
+            return 410
+        return 429 if self in (FailureKind.BUSY, FailureKind.SLO) else 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +45,6 @@ class Failure:
     kind: FailureKind
     message: str
     """One line for the client."""
+    reason: str = ""
+    """For programs, in `x-kvferry-reason`; empty: the kind's value."""
+    retry_after_s: float = 1.0

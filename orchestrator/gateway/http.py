@@ -11,9 +11,21 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.gateway.asks import (
+    REASON,
+    AnswerNotes,
+    BadHeader,
+    StatusWithFirstEvent,
+    answer_notes,
+    asks_of,
+    bad_header,
+    request_asks,
+)
 from orchestrator.gateway.async_llm import asked_priority
 from orchestrator.gateway.errors import GatewayError
 from orchestrator.gateway.priorities import BadPriority, PriorityRules
+from orchestrator.policy.admission import OnOverload
+from orchestrator.policy.targets import Targets
 
 MAX_REQUEST_ID_CHARS = 128
 RETRY_AFTER_S = 1
@@ -40,25 +52,38 @@ class KvferryHeaders:
             return
         request_headers = Headers(scope=scope)
         request_id = _usable(request_headers.get("x-request-id")) or uuid.uuid4().hex
+        notes = AnswerNotes()
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = request_id
                 if message["status"] in (429, 503):
-                    headers["retry-after"] = str(RETRY_AFTER_S)
+                    failure = notes.failure
+                    headers["retry-after"] = str(RETRY_AFTER_S if failure is None else round(failure.retry_after_s))
+                    if failure is not None:
+                        headers[REASON] = failure.reason or failure.kind.value
             await send(message)
 
         raw = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
         scope = {**scope, "headers": [*raw, (b"x-request-id", request_id.encode())]}
         rules: PriorityRules = getattr(scope["app"].state, RULES, _DEFAULT_RULES)
+        classes: dict[str, Targets] = getattr(scope["app"].state, "slo_classes", {})
         try:
             # A context of its own: uvicorn runs each request in its own task.
-            asked_priority.set(rules.asked(request_headers))
+            asked_priority.set(rules.asked(request_headers, classes))
+            asks = asks_of(request_headers, classes)
         except BadPriority as error:
             await _bad_priority(error)(scope, receive, send_with_headers)
             return
-        await self.app(scope, receive, send_with_headers)
+        except BadHeader as error:
+            await bad_header(error)(scope, receive, send_with_headers)
+            return
+        request_asks.set(asks)
+        answer_notes.set(notes)
+        is_rejecting = asks.on_overload is OnOverload.REJECT
+        answer = StatusWithFirstEvent(scope, receive, send_with_headers, notes) if is_rejecting else send_with_headers
+        await self.app(scope, receive, answer)
 
 
 def add_routes(app: FastAPI) -> None:

@@ -27,9 +27,12 @@ from instance.messages import (
 )
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
+from orchestrator.gateway.placing import gave_up, rejection
 from orchestrator.gateway.relay import Owner, OwnerMoved, Relay
 from orchestrator.gateway.types import Deliver, Effect, Fail, Flight, Forget, Outgoing, RouterCounts, RouterParams, Send
+from orchestrator.policy.admission import Admit, Queue, Reject, admit, defer, patience_s
 from orchestrator.policy.dispatch import ClusterView, DispatchBook, NoChoice, demand_blocks
+from orchestrator.policy.slo import Pace
 
 
 class Router:
@@ -60,6 +63,11 @@ class Router:
     # ---- what is known
     def view(self, now_s: float) -> ClusterView:
         return self._book.view(now_s)
+
+    @property
+    def pace(self) -> Pace:
+        """What is known of each member's speed."""
+        return self._book.pace
 
     def why_nobody_serves(self, now_s: float) -> str | None:
         """None: at least one instance serves and has said so lately."""
@@ -110,10 +118,11 @@ class Router:
     # ---- requests
     def submit(self, request: Outgoing, now_s: float) -> list[Effect]:
         self._arrivals += 1
-        flight = Flight(request, self._arrivals, now_s, request.request_id)
+        flight = Flight(request, self._arrivals, now_s, request.request_id, arrived_s=now_s)
         self._flights[request.request_id] = flight
         if any(self._flights[other].request.priority <= request.priority for other in self._waiting):
-            return self._wait(flight, "others wait before it")
+            is_serving = self.why_nobody_serves(now_s) is None
+            return self._not_sent(flight, defer(request.asks, NoChoice("others wait before it", is_serving)))
         return self._dispatch(flight, now_s)
 
     def abort(self, request_ids: Iterable[str]) -> list[Effect]:
@@ -250,8 +259,8 @@ class Router:
         num_tried = 0
         for request_id in sorted(self._waiting, key=self._rank):
             flight = self._flights[request_id]
-            if now_s - flight.unplaced_since_s > self._params.dispatch_timeout_s:
-                effects += self._fail(request_id, self._why_waiting(flight, now_s))
+            if now_s - flight.unplaced_since_s > patience_s(flight.request.asks, self._params.dispatch_timeout_s):
+                effects += self._fail(request_id, gave_up(flight, self.why_nobody_serves(now_s), now_s))
             elif num_tried < self._params.max_retries_per_tick:
                 num_tried += 1
                 flight.refused_by.clear()
@@ -262,13 +271,6 @@ class Router:
         """Order among those that wait: priority (lower is more urgent, as in vLLM), then first come."""
         flight = self._flights[request_id]
         return flight.request.priority, flight.arrival
-
-    def _why_waiting(self, flight: Flight, now_s: float) -> Failure:
-        reason = self.why_nobody_serves(now_s)
-        if reason is not None:
-            return Failure(FailureKind.NOBODY, f"{reason}; please retry later")
-        why = f" ({flight.last_refusal})" if flight.last_refusal else ""
-        return Failure(FailureKind.BUSY, f"every instance is busy{why}; please retry later")
 
     def _give_up_unanswered(self, now_s: float) -> list[Effect]:
         # The same id is never sent twice to an instance that has not refused it: the first may have run, and moved.
@@ -326,9 +328,11 @@ class Router:
     def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
         request = flight.request
         demand = demand_blocks(request.num_prompt_tokens, self._book.block_size)
-        choice = self._book.choose(demand, now_s, flight.refused_by)
-        if isinstance(choice, NoChoice):
-            return self._wait(flight, choice.reason)
+        found = self._book.choose(demand, now_s, flight.refused_by, flight.wanted(now_s))
+        verdict = admit(request.asks, found, now_s - flight.arrived_s)
+        if not isinstance(verdict, Admit):
+            return self._not_sent(flight, verdict)
+        choice = verdict.choice
         member = self._members[choice.instance]
         flight.sequence = self._book.on_dispatched(choice.instance, demand, now_s)
         flight.sent_s = now_s
@@ -337,6 +341,11 @@ class Router:
         self._unanswered.add(flight.wire_id)
         self.counts.dispatched += 1
         return [Send(member.address, flight.submission(self._address, member.epoch))]
+
+    def _not_sent(self, flight: Flight, verdict: Queue | Reject) -> list[Effect]:
+        if isinstance(verdict, Reject):
+            return self._fail(flight.wire_id, rejection(verdict))
+        return self._wait(flight, verdict.message)
 
     def _wait(self, flight: Flight, reason: str) -> list[Effect]:
         request_id = flight.wire_id

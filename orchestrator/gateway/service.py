@@ -36,6 +36,7 @@ from orchestrator.gateway.spec import GatewayConfig, GatewayStarted, Member
 from orchestrator.gateway.types import RouterParams
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.levels import parse_levels
+from orchestrator.policy.targets import Targets, parse_classes
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class GatewayService:
         await init_app_state(self._llm, app.state, namespace, tasks)
         self._server = NoSignalServer(_uvicorn_config(app, namespace))
         app.state.server = self._server
+        app.state.slo_classes = _slo_classes(config.slo_classes)
         self._tasks = [asyncio.create_task(self._loop.run()), asyncio.create_task(self._run_server(self._server))]
         self._tasks[0].add_done_callback(self._loop_ended)
         async with asyncio.timeout(START_S):
@@ -173,6 +175,13 @@ class GatewayService:
             await server.serve(sockets=[self._listener] if self._listener else None)
         finally:
             self._ended.set()
+
+
+def _slo_classes(text: str) -> dict[str, Targets]:
+    try:
+        return parse_classes(text)
+    except ValueError as error:
+        raise GatewayError(f"--slo-classes: {error}") from error
 
 
 def _mailbox(token: str) -> Mailbox:

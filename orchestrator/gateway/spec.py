@@ -26,6 +26,8 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     priority_levels: str = DEFAULT_LEVELS
     key_priorities: tuple[tuple[str, int], ...] = ()
     """(SHA-256 of an API key in hexadecimal, priority of its class)."""
+    slo_classes: str = ""
+    """`NAME=TTFT_MS/TPOT_MS,...` (`orchestrator.policy.slo.parse_classes`)."""
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
 

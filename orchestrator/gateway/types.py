@@ -9,7 +9,9 @@ from instance.messages import FleetMessage, OutputEntry, Submit
 from migration.types import Epoch, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.relay import Owner
+from orchestrator.policy.admission import NO_ASKS, Asks
 from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.slo import Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Outgoing:
     payload: bytes
     payload_as: Callable[[RequestId], bytes]
     """The same request under another id: a second attempt gets one of its own."""
+    asks: Asks = NO_ASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,13 @@ class Flight:
     last_refusal: str = ""
     sequence: int = 0
     sent_s: float = 0.0
+    arrived_s: float = 0.0
+    """When its client asked, however often it has started anew."""
+
+    def wanted(self, now_s: float) -> Wanted | None:
+        """None: it has no targets."""
+        targets = self.request.asks.targets
+        return Wanted(self.request.num_prompt_tokens, targets.after(now_s - self.arrived_s)) if targets else None
 
     def submission(self, gateway_address: str, epoch: Epoch) -> Submit:
         """What is sent to an instance of that epoch."""

@@ -84,6 +84,7 @@ class Columns:
         """Minus what waits behind the first of the queue."""
         self.total = _column(size, 0.0)
         self.unseen = _column(size, 0.0)
+        self.unseen_blocks = _column(size, 0.0)
         self.first_report_s = _column(size, -math.inf)
         self.num_usable = 0
         """Rows that may be chosen: they serve, and their reports are fresh."""
@@ -126,7 +127,7 @@ class Columns:
         spare = report.total_blocks - virtual_usage_blocks(report, self._params.load) - unseen_blocks
         self.spare[row] = spare
         self.batch[row] = max(1, report.num_running + num_unseen + 1)
-        self.unseen[row] = num_unseen
+        self.unseen[row], self.unseen_blocks[row] = num_unseen, unseen_blocks
         self._set_usable(row, math.isfinite(spare))
 
     def expire(self, now_s: float) -> None:

@@ -14,10 +14,13 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+
 from instance.lifecycle import State
 from instance.messages import LoadReport
 from migration.types import Epoch, InstanceId
 from orchestrator.policy.columns import Columns, Dispatch, DispatchParams, Entry, Rule, Scores
+from orchestrator.policy.slo import Pace, Predicted, Wanted
 
 __all__ = [
     "Choice",
@@ -64,6 +67,8 @@ class Choice:
     reason: str
     signal_age_s: float
     """Age of the report the choice rests on."""
+    predicted: Predicted | None = None
+    """Of a request with targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ class DispatchBook:
         self._sent: deque[tuple[float, InstanceId, Epoch, int]] = deque()
         """(when, to whom, sequence), oldest first: what may have to be forgotten. Some have been seen since."""
         self._num_unseen = 0
+        self.pace = Pace()
         self._last_row = -1
         """Chosen last, for taking turns."""
 
@@ -138,6 +144,7 @@ class DispatchBook:
             entry.row = row
         self._num_unseen = sum(len(entry.unseen) for entry in self._entries.values())
         self._columns = Columns(list(self._entries.values()), self._params, self._num_gateways)
+        self.pace.set_members([(name, entry.epoch) for name, entry in self._entries.items()])
         self._drop_seen()
 
     def _rank(self, name: InstanceId) -> tuple[int, InstanceId]:
@@ -157,6 +164,7 @@ class DispatchBook:
         while entry.unseen and entry.unseen[0].sequence <= report.submits_seen:
             self._forget_oldest(entry)
         self._columns.write_report(entry)
+        self.pace.on_report(report)
         self._drop_seen()
         return True
 
@@ -201,11 +209,18 @@ class DispatchBook:
         reports = (entry.report for entry in self._entries.values())
         return next((report.block_size for report in reports if report is not None), 16)
 
-    def choose(self, demand_blocks: int, now_s: float, excluded: Collection[InstanceId] = ()) -> Choice | NoChoice:
+    def choose(
+        self,
+        demand_blocks: int,
+        now_s: float,
+        excluded: Collection[InstanceId] = (),
+        wanted: Wanted | None = None,
+    ) -> Choice | NoChoice:
         """Pick the instance whose score with this request is highest (`Columns.scores`); ties by fewest dispatched,
         then by this gateway's own order.
 
-        An instance it can never fit on is only asked when there is no other: its refusal then says so to the client.
+        If it wants something, those that are predicted to meet its targets come first, if any is. An instance it can
+        never fit on is only asked when there is no other: its refusal then says so to the client.
         """
         self._forget_late(now_s)
         columns = self._columns
@@ -215,13 +230,17 @@ class DispatchBook:
         if not num_candidates:
             return self._nobody(now_s)
         scores = columns.scores(demand_blocks, now_s, left_out)
+        attainment = None if wanted is None else self.pace.attainment(wanted, columns.unseen, columns.unseen_blocks)
+        if attainment is not None:
+            scores = np.where(attainment.narrow(scores > -math.inf), scores, -math.inf)
         row = self._next(scores) if self._params.rule is Rule.ROUND_ROBIN else self._best(scores)
         name = self._names[row]
         entry = self._entries[name]
         dispatched = f"{len(entry.unseen)} dispatched since its report"
         why = "next" if self._params.rule is Rule.ROUND_ROBIN else f"score {scores[row]:.2f} highest"
         reason = f"{why} of {num_candidates} ({dispatched})"
-        return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s))
+        predicted = None if attainment is None else attainment.on(row)
+        return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s), predicted)
 
     def _best(self, scores: Scores) -> int:
         row = int(scores.argmax())
@@ -297,6 +316,7 @@ class DispatchBook:
         assert self._num_unseen == sum(len(entry.unseen) for entry in self._entries.values())
         assert len(self._sent) <= 2 * self._num_unseen + MAX_SEEN_KEPT
         self._columns.check_integrity(list(self._entries.values()))
+        self.pace.check_integrity([(name, entry.epoch) for name, entry in self._entries.items()])
 
 
 def _why_nobody(view: ClusterView, num_serving: int, num_fresh: int) -> str:

@@ -122,6 +122,7 @@ def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
             reuse_port=config.gateways > 1,
             priority_levels=config.priority_levels,
             key_priorities=config.key_priorities,
+            slo_classes=config.slo_classes,
             token=token,
         )
         for index in range(config.gateways)

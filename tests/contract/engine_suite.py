@@ -55,6 +55,20 @@ class EngineContract:
         decode = pair.step(pair.first)
         assert decode.executed and decode.num_scheduled_tokens == 1 and decode.num_decoding == 1
 
+    def test_steps_tell_the_work_that_their_time_went_into(self, pair: EnginePair) -> None:
+        pair.add(pair.first, Shape(40, 6, prompt_key=977))
+        works = [pair.step(pair.first).work for _ in range(3)]
+        while pair.first.has_work():
+            works.append(pair.step(pair.first).work)
+        assert sum(work.num_prefill_tokens for work in works) == 40
+        assert sum(work.num_attended_pairs for work in works) == 40 * 40 // 2
+        decodes = [work for work in works if work.num_decoding]
+        assert all(
+            (work.num_decoding, work.num_decode_tokens, work.num_prefill_tokens) == (1, 1, 0) for work in decodes
+        )
+        contexts = [work.num_context_tokens for work in decodes]
+        assert contexts == [40 + index for index in range(len(decodes))] and len(decodes) in (5, 6)
+
     def test_two_engines_give_the_same_tokens_for_the_same_request(self, pair: EnginePair) -> None:
         shape = Shape(60, 12, prompt_key=3)
         assert pair.run_alone(pair.first, shape) == pair.run_alone(pair.second, shape)

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instance.messages import LoadReport
@@ -55,6 +55,7 @@ def book_of(*all_reports: LoadReport) -> DispatchBook:
     return book
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_only_serving_fresh_instances_that_are_not_excluded_are_chosen(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from("abcdef"), unique=True))
@@ -75,6 +76,7 @@ def test_only_serving_fresh_instances_that_are_not_excluded_are_chosen(data: st.
         assert choice.reason
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_same_view_gives_the_same_plan_in_whatever_order_it_came(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from("abcdef"), unique=True, min_size=1))
@@ -85,6 +87,7 @@ def test_the_same_view_gives_the_same_plan_in_whatever_order_it_came(data: st.Da
     assert first == book_of(*shuffled).choose(demand, 0.0)
 
 
+@settings(deadline=None)
 @given(reports(), st.integers(1, 5), st.integers(1, 60), st.integers(0, 80))
 def test_a_burst_of_equal_requests_spreads_within_one_over_equal_instances(
     like: LoadReport, num_instances: int, num_requests: int, demand: int
@@ -107,6 +110,7 @@ def test_a_burst_of_equal_requests_spreads_within_one_over_equal_instances(
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
+@settings(deadline=None)
 @given(reports(), st.integers(2, 10), st.integers(1, 80))
 def test_without_the_accounting_a_burst_herds_on_one_instance(like: LoadReport, num_requests: int, demand: int) -> None:
     """The negative control of the spread."""

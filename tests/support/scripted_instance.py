@@ -13,7 +13,17 @@ import msgspec
 
 from instance.fake_model import FakeRequest, encode_fake
 from instance.mailbox import Mailbox
-from instance.messages import Abort, Frame, LoadReport, OutputEntry, Submit, SubmitAnswer, Subscribe
+from instance.messages import (
+    NO_STEPS,
+    Abort,
+    Frame,
+    LoadReport,
+    OutputEntry,
+    StepTotals,
+    Submit,
+    SubmitAnswer,
+    Subscribe,
+)
 from orchestrator.gateway.spec import Member
 from tests.support.fleet import TOKEN
 from tests.support.idle_report import report
@@ -51,6 +61,7 @@ class ScriptedInstance:
     is_paused: bool = False
     """Accepts, but runs no step."""
     epoch: int = 1
+    steps: StepTotals = NO_STEPS
     running: dict[str, _Running] = field(default_factory=dict)
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -133,5 +144,6 @@ class ScriptedInstance:
             state=self.state,
             num_running=len(self.running),
             free_blocks=max(0, 100 - 4 * len(self.running)),
+            steps=self.steps,
             submits_seen=self._seen.get(gateway, 0),
         )

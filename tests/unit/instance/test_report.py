@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from instance.lifecycle import State
+from instance.messages import WIDE_STEP_TOKENS, StepTotals
 from instance.report import (
     MAX_LEASE_S,
     MAX_SUBSCRIBERS,
     Standing,
     Subscribers,
+    add_step,
     load_report,
     smooth_step_time,
 )
-from instance.types import EngineLoad
+from instance.types import NO_WORK, EngineLoad, StepWork, step_work
 
 
 def test_a_new_subscriber_is_due_at_once_and_then_every_interval() -> None:
@@ -96,3 +98,21 @@ def test_a_report_carries_load_and_standing() -> None:
     assert (report.instance, report.epoch, report.step, report.state) == ("i0", 2, 99, "draining")
     assert (report.free_blocks, report.reserved_blocks, report.num_running, report.num_waiting) == (5, 2, 3, 4)
     assert (report.migrations_in, report.migrations_out, report.submits_seen) == (1, 0, 11)
+
+
+def test_the_work_of_a_step_is_told_by_chunk_and_by_decoding_request() -> None:
+    chunks = [(100, 0, False), (10, 50, False), (1, 70, True), (3, 200, True)]
+    assert step_work(chunks) == StepWork(110, 4, 2, 270, 100 * 50 + 10 * 50 + 50)
+    assert step_work([]) == NO_WORK
+
+
+def test_totals_grow_by_what_each_step_computed() -> None:
+    wide = WIDE_STEP_TOKENS + 44
+    totals = add_step(StepTotals(), step_work([(wide, 0, False)]), 0.5)
+    totals = add_step(totals, step_work([(1, 300, True), (1, 20, True)]), 0.25)
+    assert totals == StepTotals(2, wide, 2, 44, 2, 320, wide * wide // 2, 0.75)
+
+
+def test_a_step_that_computed_nothing_or_took_no_time_is_not_counted() -> None:
+    assert add_step(StepTotals(), NO_WORK, 1.0) == StepTotals()
+    assert add_step(StepTotals(), StepWork(num_decode_tokens=1, num_decoding=1), 0.0) == StepTotals()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from instance.types import NO_WORK, StepWork
 from instance.vllm.in_flight import StepsInFlight
 
 
@@ -29,3 +30,12 @@ def test_a_step_that_failed_goes_with_the_next_one_whose_outputs_come() -> None:
     steps.scheduled(following, ())
     steps.processed(following)
     assert not steps.holds("a") and not steps.admits("a")
+
+
+def test_what_a_step_computes_is_told_when_its_outputs_come_and_not_before() -> None:
+    steps, first, second = StepsInFlight(), step(a=5), step(a=1)
+    steps.scheduled(first, ("a",), StepWork(num_prefill_tokens=5))
+    steps.scheduled(second, (), StepWork(num_decode_tokens=1))
+    assert steps.processed(first) == StepWork(num_prefill_tokens=5)
+    assert steps.processed(second) == StepWork(num_decode_tokens=1)
+    assert steps.processed(second) == NO_WORK

@@ -95,6 +95,32 @@ async def test_a_failure_is_not_remembered() -> None:
     assert await call(named, CallContext()) == 2
 
 
+@pytest.mark.parametrize("request_id", ["", "1"])
+async def test_a_command_whose_loop_ends_is_unknown_and_one_whose_caller_leaves_is_cancelled(request_id: str) -> None:
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    class Waits(Work):
+        async def __call__(self, _request: Any, _context: Any) -> int:
+            return await answer
+
+    named, context = pb.UndrainInstanceRequest(name="a", request_id=request_id), CallContext()
+    call = await guarded(Waits())
+    leaving = asyncio.ensure_future(call(named, context))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert context.code is None
+    answer = asyncio.get_running_loop().create_future()
+    waiting = asyncio.ensure_future(call(pb.UndrainInstanceRequest(name="b", request_id=request_id * 2), context))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    answer.cancel()
+    with pytest.raises(Aborted, match="loop has ended"):
+        await waiting
+    assert context.code is grpc.StatusCode.UNAVAILABLE
+
+
 async def test_answers_are_forgotten_after_their_time_and_past_their_number() -> None:
     now_s = [0.0]
     repetitions = Repetitions(RepetitionParams(keep_s=10.0, max_remembered=2), lambda: now_s[0])

@@ -69,6 +69,12 @@ def test_values_are_read_as_the_fields_type() -> None:
         ({"instance_resources": "tpu=many"}, "tpu=many is not of the form NAME=AMOUNT"),
         ({"instance_resources": "tpu=1.5"}, "tpu=1.5 is not of the form NAME=AMOUNT"),
         ({"instance_labels": "zone=a,zone=b"}, "--instance-labels names something twice"),
+        (
+            {"slo_classes": "interactive=500"},
+            "'interactive=500' is not of the form NAME=TTFT_MS/TPOT_MS",
+        ),
+        ({"slo_classes": "a=5/-,a=6/-"}, "--slo-classes: the class 'a' is given twice"),
+        ({"slo_classes": "a=0/5"}, "'0' is not a number of milliseconds above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(settings: dict[str, object], words: str) -> None:

@@ -38,7 +38,7 @@ def test_a_change_of_the_policy_is_in_the_journal_with_what_was_and_what_is(tmp_
     write_story(tmp_path / "j", [(0.0, PolicyUpdateRequested(Token(1), changes))])
     _, changed = lines_of(tmp_path / "j")
     assert isinstance(changed, Entry) and changed.event == PolicyUpdateRequested(Token(1), changes)
-    (told,) = changed.effects
+    (told,) = changed.effect_values()
     assert isinstance(told, Answer) and isinstance(told.result, PolicyUpdated)
     assert told.result.changes == (("rebalance.margin_steps", 64.0, 32.0),), "what stays as it was is no change"
 

@@ -266,11 +266,11 @@ def test_the_journal_tells_who_asked_for_what_and_what_came_of_it(play: Play, tm
     journal.close()
     _, asked, done = lines_of(path)
     assert isinstance(asked, Entry) and asked.event == events[0]
-    (change,) = asked.effects
+    (change,) = asked.effect_values()
     assert isinstance(change, SetPriority)
     assert change.reason == f"asked for by {GRPC}: normal (0) -> high (-10)"
     assert isinstance(done, Entry) and done.event == events[1]
-    result = answer(list(done.effects))
+    result = answer(list(done.effect_values()))
     assert isinstance(result, Reprioritised)
     assert result.change == "normal (0) -> high (-10)" and result.effect
 

@@ -789,12 +789,12 @@ class WatchResponse(_message.Message):
     SYNCED_FIELD_NUMBER: _builtins.int
     NUM_MISSED_MIGRATIONS_FIELD_NUMBER: _builtins.int
     synced: _builtins.bool
-    """True: the state at the beginning is complete with this message; later ones tell what changed."""
+    """True: the state at the beginning has been told; this message and later ones tell what changed."""
     num_missed_migrations: _builtins.int
     """Migrations that began and ended, and were forgotten, while nobody read."""
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Change]:
-        """Empty: nothing has changed for 10 s, the stream lives."""
+        """Empty: the state is complete, or nothing has changed for 10 s and the stream lives."""
 
     def __init__(
         self,

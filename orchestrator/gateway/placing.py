@@ -1,0 +1,26 @@
+"""What does the client hear when its request is placed nowhere? Pure."""
+
+from __future__ import annotations
+
+from orchestrator.gateway.errors import Failure, FailureKind
+from orchestrator.gateway.types import Flight
+from orchestrator.policy.admission import Reason, Reject, passed
+
+_KINDS = {Reason.BUSY: FailureKind.BUSY, Reason.NOBODY: FailureKind.NOBODY}
+
+
+def rejection(rejected: Reject) -> Failure:
+    """The answer to one that asked to be sent away rather than wait."""
+    kind = _KINDS.get(rejected.reason, FailureKind.SLO)
+    return Failure(kind, f"{rejected.message}; please retry later", rejected.reason.value, rejected.retry_after_s)
+
+
+def gave_up(flight: Flight, nobody_because: str | None, now_s: float) -> Failure:
+    """The answer to one whose time at the gateway is over. `nobody_because`: why no instance serves, if none does."""
+    if nobody_because is not None:
+        return Failure(FailureKind.NOBODY, f"{nobody_because}; please retry later")
+    rejected = passed(flight.request.asks, now_s - flight.arrived_s)
+    if rejected is not None:
+        return rejection(rejected)
+    why = f" ({flight.last_refusal})" if flight.last_refusal else ""
+    return Failure(FailureKind.BUSY, f"every instance is busy{why}; please retry later")

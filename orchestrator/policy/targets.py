@@ -1,0 +1,68 @@
+"""What may a request, or a class of requests, want of its answer's speed?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_TARGET_MS = 86_400_000.0
+"""A day."""
+MAX_CLASSES = 64
+DEFAULT_CLASS = "default"
+"""Its targets are those of requests that name no class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a request wants; None: it does not care."""
+
+    ttft_s: float | None = None
+    """From its arrival at the gateway to its first token."""
+    tpot_s: float | None = None
+    """Mean time of each further token."""
+
+    def after(self, waited_s: float) -> Targets:
+        """What is left of them; a TTFT of less than nothing has been missed."""
+        return self if self.ttft_s is None else Targets(self.ttft_s - waited_s, self.tpot_s)
+
+    def __bool__(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+
+NO_TARGETS = Targets()
+
+
+def parse_classes(text: str) -> dict[str, Targets]:
+    """`NAME=TTFT_MS/TPOT_MS,...`, `-` for none: `interactive=500/50,bulk=60000/-`. Raises ValueError (one line)."""
+    classes: dict[str, Targets] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, values = item.partition("=")
+        ttft, slash, tpot = values.partition("/")
+        name = name.strip()
+        if not equals or not slash or not name or not name.isascii() or not name.isprintable() or " " in name:
+            raise ValueError(
+                f"{item!r} is not of the form NAME=TTFT_MS/TPOT_MS, such as interactive=500/50 or bulk=60000/-"
+            )
+        if name in classes:
+            raise ValueError(f"the class {name!r} is given twice")
+        classes[name] = Targets(_class_target(ttft, item), _class_target(tpot, item))
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{len(classes)} classes are given, at most {MAX_CLASSES} are kept")
+    return classes
+
+
+def _class_target(text: str, item: str) -> float | None:
+    if text.strip() == "-":
+        return None
+    target_s = target_of_ms(text)
+    if target_s is None:
+        raise ValueError(f"{item!r}: {text.strip()!r} is not a number of milliseconds above 0, or - for none")
+    return target_s
+
+
+def target_of_ms(text: str) -> float | None:
+    """Seconds. None: it is not a number of milliseconds above 0 and up to a day."""
+    try:
+        value_ms = float(text)
+    except ValueError:
+        return None
+    return value_ms / 1e3 if 0.0 < value_ms <= MAX_TARGET_MS else None
