@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 from typer.models import OptionInfo
 
-from orchestrator import cli_admin, config
+from orchestrator import cli_admin, cli_scale, config
 from orchestrator.cli_client import Admin, before_the_command, connect
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.policy.levels import DEFAULT_LEVELS
@@ -32,6 +32,8 @@ _MINE = "Cluster"
 _ACCESS = "Who may use the admin API"
 _CARRIAGE = "Moving KV blocks"
 _TUNING = "Rebalancing"
+_SCALING = "Number of instances"
+_PLACES = "Where instances run, on a Ray of several nodes"
 _PRIORITIES = "Priorities"
 
 
@@ -114,6 +116,43 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     max_migrations: Annotated[
         int | None, _option("At once, in and out per instance.", "MAX_MIGRATIONS", 2, _TUNING)
     ] = None,
+    autoscale: Annotated[
+        bool | None,
+        typer.Option(
+            "--autoscale/--no-autoscale",
+            help="Start and stop instances as the load asks for. Default: no. (KVFERRY_AUTOSCALE)",
+            show_default=False,
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    autoscale_min: Annotated[
+        int | None, _option("Fewest, also for `kvferry scale`.", "AUTOSCALE_MIN", 1, _SCALING)
+    ] = None,
+    autoscale_max: Annotated[
+        int | None, _option("Most, also for `kvferry scale`.", "AUTOSCALE_MAX", "--instances", _SCALING)
+    ] = None,
+    autoscale_low_steps: Annotated[
+        float | None, _option("Mean freeness below: one more.", "AUTOSCALE_LOW_STEPS", 160, _SCALING)
+    ] = None,
+    autoscale_high_steps: Annotated[
+        float | None, _option("Mean freeness above: one less.", "AUTOSCALE_HIGH_STEPS", 960, _SCALING)
+    ] = None,
+    autoscale_period_s: Annotated[
+        float | None, _option("Seconds it must last.", "AUTOSCALE_PERIOD_S", 30, _SCALING)
+    ] = None,
+    autoscale_cooldown_s: Annotated[
+        float | None, _option("Seconds of rest after a change.", "AUTOSCALE_COOLDOWN_S", 60, _SCALING)
+    ] = None,
+    retire_timeout_s: Annotated[
+        float | None, _option("Not empty by then: it stays.", "RETIRE_TIMEOUT_S", 600, _SCALING)
+    ] = None,
+    placement: Annotated[str | None, _option("pack or spread.", "PLACEMENT", "pack", _PLACES)] = None,
+    instance_resources: Annotated[
+        str | None, _option("Held besides GPUs: NAME=AMOUNT,...", "INSTANCE_RESOURCES", "none", _PLACES)
+    ] = None,
+    instance_labels: Annotated[
+        str | None, _option("Of the node: NAME=VALUE,...", "INSTANCE_LABELS", "none", _PLACES)
+    ] = None,
     priority_levels: Annotated[str | None, _option(_LEVELS, "PRIORITY_LEVELS", DEFAULT_LEVELS, _PRIORITIES)] = None,
     priority_keys: Annotated[str | None, _option(_KEYS, "PRIORITY_KEYS", "none", _PRIORITIES)] = None,
     start_timeout_s: Annotated[float | None, _option("Seconds to load.", "START_TIMEOUT_S", 300)] = None,
@@ -154,6 +193,17 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "margin_steps": margin_steps,
         "rest_s": rest_s,
         "max_migrations": max_migrations,
+        "autoscale": autoscale,
+        "autoscale_min": autoscale_min,
+        "autoscale_max": autoscale_max,
+        "autoscale_low_steps": autoscale_low_steps,
+        "autoscale_high_steps": autoscale_high_steps,
+        "autoscale_period_s": autoscale_period_s,
+        "autoscale_cooldown_s": autoscale_cooldown_s,
+        "retire_timeout_s": retire_timeout_s,
+        "placement": placement,
+        "instance_resources": instance_resources,
+        "instance_labels": instance_labels,
         "priority_levels": priority_levels,
         "priority_keys": priority_keys,
         "start_timeout_s": start_timeout_s,
@@ -294,6 +344,7 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
 
 
 cli_admin.add_to(app)
+app.command()(cli_scale.scale)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from orchestrator import cli_scaling
 from orchestrator.admin.client import AdminClient
 from orchestrator.admin.convert import GATEWAYS, INSTANCES, MIGRATIONS, REQUESTS
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
@@ -55,6 +56,7 @@ def as_values(client: AdminClient) -> dict[str, list[object]]:
         "gateways": [_values(item) for item in listed.gateways],
         "requests": [_values(item) for item in client.requests()],
         "migrations": [_values(item) for item in client.migrations()],
+        "scaling": [_values(client.scaling())],
     }
 
 
@@ -68,7 +70,7 @@ def _values(message: Message) -> object:
 
 def picture(client: AdminClient) -> Group:
     listed = client.instances()
-    parts: list[Table] = [_instances(listed.instances)]
+    parts: list[Table | str] = [_instances(listed.instances), cli_scaling.line(client.scaling())]
     if listed.gateways:
         parts.append(_gateways(listed.gateways))
     requests = client.requests()

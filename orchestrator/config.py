@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from instance.spec import Carrier
+from orchestrator import config_scaling
 from orchestrator.access import ClientAccess, ServerAccess, is_loopback
 from orchestrator.errors import ConfigError
 from orchestrator.gateway.priorities import key_digest
@@ -41,6 +42,17 @@ class Engine(Enum):
     """The deterministic model of an engine; for tests of everything around it."""
 
 
+class Placement(Enum):
+    """On which nodes of a Ray cluster the instances are put."""
+
+    PACK = "pack"
+    """One node is filled first."""
+    SPREAD = "spread"
+    """On as many nodes as there are."""
+
+
+AS_MANY = 0
+"""Of --autoscale-max: as many as --instances."""
 AS_SUITS = -1.0
 """Of --copy-mb-per-s: not given."""
 
@@ -79,6 +91,21 @@ class ServeConfig:
     margin_steps: float = 64.0
     rest_s: float = 10.0
     max_migrations: int = 2
+    autoscale: bool = False
+    autoscale_min: int = 1
+    """Also for `kvferry scale`."""
+    autoscale_max: int = AS_MANY
+    """Also for `kvferry scale`, and what the memory of a machine without GPUs is shared out for."""
+    autoscale_low_steps: float = 160.0
+    autoscale_high_steps: float = 960.0
+    autoscale_period_s: float = 30.0
+    autoscale_cooldown_s: float = 60.0
+    retire_timeout_s: float = 600.0
+    placement: Placement = Placement.PACK
+    instance_resources: str = ""
+    """Of Ray, as NAME=AMOUNT,...: held by each instance besides its GPUs."""
+    instance_labels: str = ""
+    """Of Ray's nodes, as NAME=VALUE,...: where instances may be."""
     start_timeout_s: float = 300.0
     priority_levels: str = DEFAULT_LEVELS
     priority_keys: str = ""
@@ -118,6 +145,7 @@ class ServeConfig:
             self.copy_mb_per_s >= 0 or self.copy_mb_per_s == AS_SUITS,
             f"--copy-mb-per-s is {self.copy_mb_per_s:g}, it must be a rate, or 0 for no limit",
         )
+        config_scaling.check(self)
         parts, part_mib = self.journal_parts, self.journal_part_mib
         _require(1 <= part_mib <= 4096, f"--journal-part-mib is {part_mib}, it must be from 1 to 4096")
         _require(1 <= parts <= 1000, f"--journal-parts is {parts}, it must be from 1 to 1000")
@@ -144,6 +172,11 @@ class ServeConfig:
             raise ConfigError(f"--slo-classes: {error}") from error
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         _require(self.log_level in levels, f"--log-level is {self.log_level!r}, it must be one of {', '.join(levels)}")
+
+    @property
+    def most_instances(self) -> int:
+        """There will never be more of them."""
+        return self.instances if self.autoscale_max == AS_MANY else self.autoscale_max
 
 
 def serve_config(

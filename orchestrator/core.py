@@ -7,6 +7,7 @@ that comes back as an ordinary event. Commands are answered exactly once.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import assert_never
 
 from instance.lifecycle import State
@@ -37,6 +38,7 @@ from orchestrator.events import (
     GatewayStarted,
     InstanceLost,
     InstanceStarted,
+    InstanceStartFailed,
     MigrateRequested,
     MigrationEnded,
     MigrationNumber,
@@ -47,6 +49,7 @@ from orchestrator.events import (
     ReportReceived,
     RequestCancelled,
     RequestsReceived,
+    ScaleRequested,
     Ticked,
     Token,
     UndrainRequested,
@@ -57,6 +60,8 @@ from orchestrator.policy.moves import InstanceView, Move, smooth_copy_time
 from orchestrator.policy.rebalance import Resting, plan_rebalance
 from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
+from orchestrator.retiring import Drains
+from orchestrator.scaling import Scaling
 from orchestrator.state import CoreParams, GatewayRecord, InstanceRecord, MigrationRecord, Snapshot
 from orchestrator.tuning import Policy, Tuning
 
@@ -79,14 +84,15 @@ class Orchestrator:
         self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._pair_rests: RestingPlace[tuple[InstanceId, InstanceId]] = RestingPlace(params.max_resting)
+        self._scaling = Scaling(params.scaling, params.max_instances)
 
     def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911, PLR0912 - one case an event
         """Take one event in. Raises LimitExceeded, and changes nothing, when there are too many processes."""
         match event:
             case InstanceStarted():
-                return self._on_instance_started(event)
+                return self._on_instance_started(event, now_s)
             case InstanceLost():
-                return self._on_instance_lost(event)
+                return self._on_instance_lost(event, now_s)
             case GatewayStarted():
                 return self._on_gateway_started(event)
             case GatewayLost():
@@ -104,9 +110,13 @@ class Orchestrator:
             case DrainRequested():
                 return self._on_drain_requested(event)
             case UndrainRequested():
-                return self._on_undrain_requested(event)
+                return self._on_undrain_requested(event, now_s)
             case MigrateRequested():
                 return self._on_migrate_requested(event, now_s)
+            case InstanceStartFailed():
+                return self._scaling.on_start_failed(event, now_s)
+            case ScaleRequested():
+                return self._scaling.on_requested(event, self._instances, now_s)
             case CancelRequested() | RequestCancelled() | CancelMigrationRequested() | MigrationWithdrawn():
                 return self._cancellations.on(event, self._instances, self._in_flight, self._history)
             case PolicyUpdateRequested():
@@ -126,15 +136,18 @@ class Orchestrator:
         """What is known now, frozen."""
         instances = [*self._stopped, *self._instances.values()]
         migrations = [*self._history, *self._in_flight.values()]
-        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s, self._params.rebalance.load)
+        params, scaling = self._params.rebalance.load, self._scaling.snapshot(self._instances, now_s)
+        return view.snapshot(instances, list(self._gateways.values()), migrations, now_s, params, scaling)
 
     def policy(self) -> Policy:
         """The parameters by which it decides now."""
         return self._tuning.policy(self._params)
 
     # ------------------------------------------------------------------ who is there
-    def _on_instance_started(self, event: InstanceStarted) -> list[Effect]:
+    def _on_instance_started(self, event: InstanceStarted, now_s: float) -> list[Effect]:
         incarnation = event.incarnation
+        if unwelcome := self._scaling.why_not_taken_in(incarnation):
+            return [*unwelcome]
         known = self._instances.get(incarnation.instance)
         if known is not None and known.epoch >= incarnation.epoch:
             return []
@@ -143,16 +156,19 @@ class Orchestrator:
         effects: list[Effect] = []
         if known is not None:
             replaced = InstanceLost(known.instance, known.epoch, f"replaced by epoch {incarnation.epoch}")
+            self._scaling.on_lost(replaced, now_s)
             effects += self._end_instance(known, replaced)
         self._instances[incarnation.instance] = InstanceRecord(
             incarnation, event.actor_name, event.model, event.block_size, event.total_blocks, event.process_id
         )
+        self._scaling.on_started(incarnation, now_s)
         return [*effects, self._update_members(f"{incarnation.instance} started")]
 
-    def _on_instance_lost(self, event: InstanceLost) -> list[Effect]:
+    def _on_instance_lost(self, event: InstanceLost, now_s: float) -> list[Effect]:
         known = self._instances.get(event.instance)
         if known is None or known.epoch != event.epoch:
             return []
+        self._scaling.on_lost(event, now_s)
         return [*self._end_instance(known, event), self._update_members(f"{event.instance} was lost: {event.reason}")]
 
     def _end_instance(self, record: InstanceRecord, event: InstanceLost) -> list[Effect]:
@@ -217,16 +233,10 @@ class Orchestrator:
     # ------------------------------------------------------------------ drain
     def _on_drain_requested(self, event: DrainRequested) -> list[Effect]:
         record = self._instances.get(event.instance)
-        refusal = self._why_not_drain(event, record)
+        refusal = view.why_not_drain(event, self._instances, len(self._drain_waiters), self._params)
         if refusal is not None or record is None:
             return [Answer(event.token, refusal or view.no_such_instance(event.instance, self._instances))]
-        effects: list[Effect] = []
-        if record.state is not State.DRAINING:
-            record.state, record.drained, record.draining_set_at_s = State.DRAINING, False, None
-            effects = [
-                SetDraining(record.instance, record.epoch, True, "asked for"),
-                self._update_members(f"{record.instance} is draining"),
-            ]
+        effects = self._begin_drain(record, "asked for") if record.state is not State.DRAINING else []
         if not event.wait:
             return [*effects, Answer(event.token, DrainAccepted(record.instance, len(record.requests)))]
         if record.drained:
@@ -234,36 +244,34 @@ class Orchestrator:
         self._drain_waiters[event.token] = record.instance
         return effects
 
-    def _why_not_drain(self, event: DrainRequested, record: InstanceRecord | None) -> Refused | None:
-        if record is None:
-            return view.no_such_instance(event.instance, self._instances)
-        if record.state is State.DRAINING:
-            if not event.wait:
-                return Refused(RefusalKind.PRECONDITION, f"{event.instance} is draining already")
-        elif not any(other.state is State.SERVING for other in self._instances.values() if other is not record):
-            return Refused(
-                RefusalKind.PRECONDITION,
-                f"{event.instance} is the last instance that serves; nothing could go anywhere",
-            )
-        if event.wait and len(self._drain_waiters) >= self._params.max_waiters:
-            return Refused(RefusalKind.EXHAUSTED, f"{self._params.max_waiters} callers are waiting already")
-        return None
+    def _begin_drain(self, record: InstanceRecord, reason: str) -> list[Effect]:
+        record.state, record.drained, record.draining_set_at_s = State.DRAINING, False, None
+        return [
+            SetDraining(record.instance, record.epoch, True, reason),
+            self._update_members(f"{record.instance} is draining"),
+        ]
 
-    def _on_undrain_requested(self, event: UndrainRequested) -> list[Effect]:
+    def _end_drain(self, record: InstanceRecord, reason: str) -> list[Effect]:
+        record.state, record.drained, record.draining_set_at_s = State.SERVING, False, None
+        overtaken = Refused(RefusalKind.OVERTAKEN, f"{record.instance} was put back into service")
+        return [
+            SetDraining(record.instance, record.epoch, False, reason),
+            self._update_members(f"{record.instance} serves again"),
+            *self._answer_drain_waiters(record.instance, overtaken),
+        ]
+
+    def _on_undrain_requested(self, event: UndrainRequested, now_s: float) -> list[Effect]:
         record = self._instances.get(event.instance)
         if record is None:
             return [Answer(event.token, view.no_such_instance(event.instance, self._instances))]
         if record.state is not State.DRAINING:
             refusal = Refused(RefusalKind.PRECONDITION, f"{event.instance} is not draining, it is {record.state.value}")
             return [Answer(event.token, refusal)]
-        record.state, record.drained, record.draining_set_at_s = State.SERVING, False, None
-        overtaken = Refused(RefusalKind.OVERTAKEN, f"{event.instance} was put back into service")
-        return [
-            SetDraining(record.instance, record.epoch, False, "asked for"),
-            self._update_members(f"{record.instance} serves again"),
-            *self._answer_drain_waiters(record.instance, overtaken),
-            Answer(event.token, Undrained(record.instance)),
-        ]
+        if self._scaling.is_stopping(record.instance):
+            refusal = Refused(RefusalKind.PRECONDITION, f"{event.instance} is empty and being stopped")
+            return [Answer(event.token, refusal)]
+        self._scaling.on_undrained(record.instance, now_s)
+        return [*self._end_drain(record, "asked for"), Answer(event.token, Undrained(record.instance))]
 
     def _on_draining_set(self, event: DrainingSet, now_s: float) -> list[Effect]:
         record = self._current(event.instance, event.epoch)
@@ -301,12 +309,15 @@ class Orchestrator:
         for place in (self._request_rests, self._drain_rests):
             place.forget_rested(now_s)
         self._pair_rests.forget_rested(now_s)
-        drains = plan_drain(self._views(now_s), self._drain_rests.names(), self._params.drain)
-        effects: list[Effect] = [self._start(move, None, "live", now_s) for move in drains]
+        drained = plan_drain(self._views(now_s), self._drain_rests.names(), self._params.drain)
+        effects: list[Effect] = [self._start(move, None, "live", now_s) for move in drained]
         if self._params.is_rebalancing:
             resting = Resting(self._request_rests.names(), self._pair_rests.names())
             moves = plan_rebalance(self._views(now_s), resting, self._params.rebalance)
             effects += [self._start(move, None, "live", now_s) for move in moves]
+        if self._scaling.is_active:
+            drains = Drains(self._instances, self._begin_drain, self._end_drain)
+            effects += self._scaling.tick(self._views(now_s), drains, now_s)
         return effects
 
     def _views(self, now_s: float) -> tuple[InstanceView, ...]:
@@ -322,20 +333,10 @@ class Orchestrator:
         self._num_migrations += 1
         number = MigrationNumber(self._num_migrations)
         source, destination = self._instances[move.source], self._instances[move.destination]
-        self._in_flight[number] = MigrationRecord(
-            number=number,
-            request_id=move.request_id,
-            source=source.incarnation,
-            destination=destination.incarnation,
-            mode=mode,
-            cause=move.reason,
-            priority=move.priority,
-            num_blocks=move.num_blocks,
-            started_s=now_s,
-            token=token,
-        )
+        record = view.begun(number, move, source.incarnation, destination.incarnation, now_s)
+        self._in_flight[number] = replace(record, mode=mode, token=token)
         return StartMigration(
-            number, move.request_id, source.incarnation, destination.incarnation, mode, move.reason, move.signal_age_s
+            number, move.request_id, record.source, record.destination, mode, move.reason, move.signal_age_s
         )
 
     def _on_migration_ended(self, event: MigrationEnded, now_s: float) -> list[Effect]:
@@ -380,6 +381,7 @@ class Orchestrator:
         assert len(moving) == len(set(moving)), "a request moves twice at once"
         assert all(record.outcome is None for record in self._in_flight.values())
         assert all(record.outcome is not None for record in self._history)
+        self._scaling.check_integrity(self._instances)
         for instance, record in self._instances.items():
             assert record.instance == instance
             assert record.state in (State.SERVING, State.DRAINING), "an ended instance is among the living"

@@ -10,7 +10,7 @@ from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
 from orchestrator.events import ChangeNumber, MigrationNumber, PolicyValue, Token
 from orchestrator.policy.dispatch import DispatchParams
-from orchestrator.state import CoreParams, MigrationRecord
+from orchestrator.state import CoreParams, MigrationRecord, ScalingSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,38 @@ class FenceInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class StartInstance:
+    """Start an instance; the shell answers with one `InstanceStarted` or one `InstanceStartFailed`, in bounded time."""
+
+    instance: InstanceId
+    epoch: Epoch
+    reason: str
+    signal_age_s: float
+    """Age of the oldest report the decision rests on; 0 when it was somebody's word."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """End the process of this incarnation, whether it is there or not; its end comes back as `InstanceLost`."""
+
+    instance: InstanceId
+    epoch: Epoch
+    reason: str
+    signal_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceScaling:
+    """Log a decision on the number of instances; nothing else is to be done for it."""
+
+    target: int
+    instance: InstanceId | None
+    """The one it is about; None: the target itself."""
+    reason: str
+    signal_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EndRequest:
     """Have the gateway that holds its stream end this request, or, when none does, the instances; the shell answers
     with one `RequestCancelled`."""
@@ -127,6 +159,13 @@ class Undrained:
 @dataclass(frozen=True, slots=True)
 class MigrationFinished:
     record: MigrationRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingSet:
+    """What holds from now on."""
+
+    scaling: ScalingSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +227,7 @@ Result = (
     | PolicyRefused
     | PolicyUpdated
     | Reprioritised
+    | ScalingSet
 )
 
 
@@ -200,5 +240,15 @@ class Answer:
 
 
 Effect = (
-    StartMigration | SetDraining | SetPriority | UpdateMembers | FenceInstance | EndRequest | WithdrawMigration | Answer
+    StartMigration
+    | SetDraining
+    | SetPriority
+    | UpdateMembers
+    | FenceInstance
+    | StartInstance
+    | StopInstance
+    | AnnounceScaling
+    | EndRequest
+    | WithdrawMigration
+    | Answer
 )

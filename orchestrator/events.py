@@ -130,6 +130,26 @@ class MigrateRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceStartFailed:
+    """A `StartInstance` did not end with a serving instance; nothing of it is left running."""
+
+    instance: InstanceId
+    epoch: Epoch
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRequested:
+    """Change what is given; None leaves a setting as it is."""
+
+    token: Token
+    target: int | None = None
+    fewest: int | None = None
+    most: int | None = None
+    is_automatic: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRequested:
     """End a running request, wherever it is."""
 
@@ -220,6 +240,8 @@ Event = (
     | DrainRequested
     | UndrainRequested
     | MigrateRequested
+    | InstanceStartFailed
+    | ScaleRequested
     | CancelRequested
     | RequestCancelled
     | CancelMigrationRequested

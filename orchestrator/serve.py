@@ -16,11 +16,15 @@ from orchestrator.access import is_loopback
 from orchestrator.config import Engine, ServeConfig, server_access
 from orchestrator.errors import StartUpError
 from orchestrator.runtime import checks
-from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle
+from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle, instance_resources
 from orchestrator.runtime.journal import check_path
-from orchestrator.runtime.ray_cluster import RayCluster, Resources
+from orchestrator.runtime.ray_cluster import STOPPED, RayCluster, Resources, instance_of
 
 FORCED_EXIT = 130
+FOLLOW_S = 2.0
+"""Time between two looks at which instances there are."""
+NOTE_LOOKS = 10
+"""After a new one was seen, so many looks note the processes of Ray: its own comes a while after its name."""
 
 
 def run(config: ServeConfig, console: Console) -> None:
@@ -38,7 +42,7 @@ def run(config: ServeConfig, console: Console) -> None:
             tensor_parallel_size = checks.parse_engine_argv((config.model, *config.engine_argv)).tensor_parallel_size
     with console.status("starting Ray"):
         cluster = (
-            RayCluster.join(config.ray_address) if config.ray_address else RayCluster.start_local(config.instances)
+            RayCluster.join(config.ray_address) if config.ray_address else RayCluster.start_local(config.most_instances)
         )
     foreground = _Foreground(config, cluster, console)
     try:
@@ -59,14 +63,19 @@ def _resources(config: ServeConfig, cluster: RayCluster, tensor_parallel_size: i
     if config.carrier is Carrier.NCCL and num_gpus == 0:
         raise StartUpError("--carrier nccl needs GPUs, and Ray sees none: use --carrier shm or --carrier tcp")
     if config.engine is Engine.FAKE or num_gpus == 0:
-        return Resources(num_gpus=0)
-    needed = config.instances * tensor_parallel_size
+        return instance_resources(config, num_gpus=0)
+    # A cluster that is joined may grow; a machine does not.
+    instances, flag = (
+        (config.instances, "--instances") if config.ray_address else (config.most_instances, "--autoscale-max")
+    )
+    flag = "--instances" if instances == config.instances else flag
+    needed = instances * tensor_parallel_size
     if needed > num_gpus:
         raise StartUpError(
-            f"{config.instances} instances of {tensor_parallel_size} GPUs need {needed}, there are {num_gpus:g}:"
-            " lower --instances or --tensor-parallel-size"
+            f"{instances} instances of {tensor_parallel_size} GPUs need {needed}, there are {num_gpus:g}:"
+            f" lower {flag} or --tensor-parallel-size"
         )
-    return Resources(num_gpus=float(tensor_parallel_size))
+    return instance_resources(config, num_gpus=float(tensor_parallel_size))
 
 
 class _Foreground:
@@ -140,6 +149,7 @@ class _Foreground:
         named += [(seat.gateway, seat.actor_name) for seat in composition.gateways]
         named.append(("orchestrator", composition.orchestrator))
         watches = [asyncio.create_task(self._watch(name, actor_name)) for name, actor_name in named]
+        watches.append(asyncio.create_task(self._follow({actor_name for _, actor_name in named})))
         await asyncio.wait([stopping])
         for watch in watches:
             watch.cancel()
@@ -147,7 +157,24 @@ class _Foreground:
     async def _watch(self, name: str, actor_name: str) -> None:
         reason = await self._cluster.wait_dead(actor_name)
         if not self._is_stopping:
-            self._say(f"{name} was lost ({reason}); the others go on")
+            self._say(f"{name} was stopped" if reason == STOPPED else f"{name} was lost ({reason}); the others go on")
+
+    async def _follow(self, known: set[str]) -> None:
+        """Watch the instances, too, that the orchestrator starts: say so, and have them end with us."""
+        looks_left = 0
+        async with asyncio.TaskGroup() as watches:
+            while True:
+                await asyncio.sleep(FOLLOW_S)
+                there = await asyncio.to_thread(self._cluster.instance_actors)
+                for actor_name in sorted(set(there) - known):
+                    known.add(actor_name)
+                    name = instance_of(actor_name)
+                    self._say(f"{name} is being started by the orchestrator")
+                    watches.create_task(self._watch(name, actor_name))
+                    looks_left = NOTE_LOOKS
+                if looks_left > 0:
+                    looks_left -= 1
+                    self._cluster.note_processes()
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

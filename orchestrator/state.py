@@ -8,10 +8,52 @@ from instance.lifecycle import State
 from instance.messages import LoadReport, RequestLoad
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 from orchestrator.events import MigrationFigures, MigrationNumber, Token
+from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
 from orchestrator.policy.levels import DEFAULT_LEVELS, Levels, parse_levels
 from orchestrator.policy.rebalance import RebalanceParams
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingParams:
+    """Every bound of starting and stopping instances; their number is `autoscale`'s or an operator's to say."""
+
+    can_start: bool = False
+    """False: the shell has nothing to start instances from, and scaling is refused."""
+    fewest: int = 1
+    most: int = 64
+    """No target is outside; an operator may change both."""
+    capacity: int = 64
+    """Bound of `most`: instances there are places for."""
+    is_automatic: bool = False
+    autoscale: AutoscaleParams = field(default_factory=AutoscaleParams)
+    first_epoch: int = 1
+    """No incarnation started here has a lower one. Who replaces an orchestrator gives one that was never given yet."""
+    max_starting: int = 2
+    """Instances started at once."""
+    start_timeout_s: float = 330.0
+    """A start that was not answered for so long has failed; longer than the shell's own time-out."""
+    backoff_s: float = 10.0
+    """Pause after a start that failed; it doubles with each further one."""
+    max_backoff_s: float = 300.0
+    max_start_failures: int = 6
+    """After so many in a row there is a try every `give_up_rest_s` only, until somebody scales by hand."""
+    give_up_rest_s: float = 3600.0
+    stable_after_s: float = 30.0
+    """An instance lost sooner after its start counts as a start that failed."""
+    max_abandoned: int = 256
+    """Starts given up that are remembered, should they come after all."""
+    max_retiring: int = 1
+    """Instances emptied at once, to be stopped."""
+    retire_timeout_s: float = 600.0
+    """An instance that is not empty by then is put back into service: what runs there is not killed."""
+    victim_rest_s: float = 120.0
+    """Then it is left alone for so long."""
+    linger_s: float = 2.0
+    """An empty instance is stopped so long after it was empty: what was on its way to it is refused, not lost."""
+    stop_retry_s: float = 15.0
+    """An instance that has not ended so long after it was told to is told again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +83,7 @@ class CoreParams:
     """Callers waiting for a drain or a migration."""
     max_resting: int = 16384
     """Requests and pairs remembered as resting."""
+    scaling: ScalingParams = field(default_factory=ScalingParams)
 
 
 @dataclass(slots=True)
@@ -132,6 +175,30 @@ class GatewaySnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingSnapshot:
+    """How many instances there should be, and what is being done about it."""
+
+    target: int | None
+    """None: nobody has said yet; what is there stays, and what is lost is not replaced."""
+    fewest: int
+    most: int
+    is_automatic: bool
+    num_present: int
+    """Instances that count: serving, or drained by somebody's word."""
+    starting: tuple[InstanceId, ...]
+    retiring: tuple[InstanceId, ...]
+    """Being emptied, or empty and being stopped."""
+    mean_freeness_steps: float | None
+    """The signal at the last look of autoscaling."""
+    reason: str
+    """Of the latest decision."""
+    num_start_failures: int
+    """In a row."""
+    retry_in_s: float
+    """Until the next start may be tried; 0: at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What the orchestrator knows at `now_s`; instances and gateways by name, migrations the latest first."""
 
@@ -139,3 +206,4 @@ class Snapshot:
     instances: tuple[InstanceSnapshot, ...]
     gateways: tuple[GatewaySnapshot, ...]
     migrations: tuple[MigrationRecord, ...]
+    scaling: ScalingSnapshot | None = None

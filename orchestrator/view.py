@@ -12,7 +12,7 @@ from instance.messages import LoadReport, RequestLoad
 from migration.types import Incarnation, InstanceId, RequestId
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
-from orchestrator.events import MigrateRequested, MigrationEnded
+from orchestrator.events import DrainRequested, MigrateRequested, MigrationEnded, MigrationNumber
 from orchestrator.policy.load import NO_HEADROOM, LoadParams
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.state import (
@@ -22,6 +22,7 @@ from orchestrator.state import (
     InstanceRecord,
     InstanceSnapshot,
     MigrationRecord,
+    ScalingSnapshot,
     Snapshot,
 )
 
@@ -167,6 +168,23 @@ def _why_not_move(
     return None
 
 
+def why_not_drain(
+    event: DrainRequested, instances: Mapping[InstanceId, InstanceRecord], num_waiters: int, params: CoreParams
+) -> Refused | None:
+    record = instances.get(event.instance)
+    if record is None:
+        return no_such_instance(event.instance, instances)
+    if record.state is State.DRAINING:
+        if not event.wait:
+            return Refused(RefusalKind.PRECONDITION, f"{event.instance} is draining already")
+    elif not any(other.state is State.SERVING for other in instances.values() if other is not record):
+        last = f"{event.instance} is the last instance that serves; nothing could go anywhere"
+        return Refused(RefusalKind.PRECONDITION, last)
+    if event.wait and num_waiters >= params.max_waiters:
+        return Refused(RefusalKind.EXHAUSTED, f"{params.max_waiters} callers are waiting already")
+    return None
+
+
 def no_such_instance(instance: InstanceId, instances: Mapping[InstanceId, InstanceRecord]) -> Refused:
     named = ", ".join(sorted(instances)[:_MAX_NAMED]) or "none"
     return Refused(RefusalKind.NOT_FOUND, f"no instance is named {instance!r}; there: {named}")
@@ -175,6 +193,24 @@ def no_such_instance(instance: InstanceId, instances: Mapping[InstanceId, Instan
 # ---------------------------------------------------------------------- records
 def without_caller(record: MigrationRecord) -> MigrationRecord:
     return replace(record, token=None)
+
+
+def begun(
+    number: MigrationNumber, move: Move, source: Incarnation, destination: Incarnation, now_s: float
+) -> MigrationRecord:
+    """The record of a live migration that nobody waits for."""
+    return MigrationRecord(
+        number=number,
+        request_id=move.request_id,
+        source=source,
+        destination=destination,
+        mode="live",
+        cause=move.reason,
+        priority=move.priority,
+        num_blocks=move.num_blocks,
+        started_s=now_s,
+        token=None,
+    )
 
 
 def ended(record: MigrationRecord, event: MigrationEnded, now_s: float) -> MigrationRecord:
@@ -187,6 +223,7 @@ def snapshot(
     migrations: list[MigrationRecord],
     now_s: float,
     params: LoadParams = NO_HEADROOM,
+    scaling: ScalingSnapshot | None = None,
 ) -> Snapshot:
     by_name = sorted(instances, key=lambda record: (record.instance, record.epoch))
     return Snapshot(
@@ -197,6 +234,7 @@ def snapshot(
             for item in sorted(gateways, key=lambda item: item.gateway)
         ),
         migrations=tuple(sorted(migrations, key=lambda record: -record.number)),
+        scaling=scaling,
     )
 
 

@@ -16,6 +16,8 @@ from orchestrator.admin.errors import Declined, NotAdmitted
 from orchestrator.admin.failures import DOMAIN
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2
+from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import ScalingServiceStub
 from orchestrator.errors import OrchestratorError, Unreachable
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -48,6 +50,7 @@ class AdminClient:
             self._channel = grpc.insecure_channel(address, options=options)
         self._metadata = (("authorization", f"Bearer {self._access.token}"),) if self._access.token else ()
         self._stub = pb_grpc.AdminServiceStub(self._channel)
+        self._scaling_stub = ScalingServiceStub(self._channel)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -89,6 +92,9 @@ class AdminClient:
 
     def policy(self) -> pb.Policy:
         return self._call(self._stub.GetPolicy, pb.GetPolicyRequest()).policy
+
+    def scaling(self) -> scaling_pb2.Scaling:
+        return self._call(self._scaling_stub.GetScaling, scaling_pb2.GetScalingRequest()).scaling
 
     # ------------------------------------------------------------------ commands
     def migrate(
@@ -136,6 +142,23 @@ class AdminClient:
         ask = pb.UpdatePolicyRequest(policy=policy, validate_only=validate_only, request_id=_new_id())
         ask.update_mask.paths.extend(paths)
         return self._call(self._stub.UpdatePolicy, ask)
+
+    def scale(
+        self,
+        target: int | None = None,
+        fewest: int | None = None,
+        most: int | None = None,
+        is_automatic: bool | None = None,
+    ) -> scaling_pb2.Scaling:
+        """Change what is given; returns at once with what holds now."""
+        ask = scaling_pb2.ScaleInstancesRequest(
+            target_instances=target,
+            min_instances=fewest,
+            max_instances=most,
+            automatic=is_automatic,
+            request_id=_new_id(),
+        )
+        return self._call(self._scaling_stub.ScaleInstances, ask).scaling
 
     # ------------------------------------------------------------------ parts
     def _call(self, method: Callable[..., Answer], ask: Any, timeout_s: float = CONNECT_S) -> Answer:

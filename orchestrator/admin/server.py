@@ -12,6 +12,9 @@ from orchestrator.admin.commands import Brain
 from orchestrator.admin.guard import Guard
 from orchestrator.admin.idempotency import RepetitionParams, Repetitions
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import add_ScalingServiceServicer_to_server
+from orchestrator.admin.scaling import SERVICE as SCALING_SERVICE
+from orchestrator.admin.scaling import ScalingService
 from orchestrator.admin.service import AdminService
 from orchestrator.admin.watching import WatchParams, Watchtower
 from orchestrator.errors import StartUpError
@@ -27,7 +30,7 @@ KEEPALIVE_S = 30
 
 
 class AdminServer:
-    """AdminService, grpc.health.v1 and reflection on one port. Without a token on loopback addresses only."""
+    """AdminService, ScalingService, grpc.health.v1 and reflection on one port. Without a token on loopback only."""
 
     def __init__(
         self,
@@ -66,8 +69,10 @@ class AdminServer:
         )
         service = AdminService(self._brain, self._repetitions, self.watchtower)
         pb_grpc.add_AdminServiceServicer_to_server(service, server)
+        add_ScalingServiceServicer_to_server(ScalingService(self._brain), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (SERVICE, SCALING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             credentials = self._credentials()
@@ -75,7 +80,7 @@ class AdminServer:
         except RuntimeError as error:
             raise StartUpError(f"the admin port {port} on {host} is taken: choose another with --admin-port") from error
         await server.start()
-        for service_name in ("", SERVICE):
+        for service_name in ("", SERVICE, SCALING_SERVICE):
             await self._health.set(service_name, health_pb2.HealthCheckResponse.SERVING)
         self._server = server
         return f"{where.rpartition(':')[0]}:{bound}"

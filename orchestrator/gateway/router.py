@@ -106,7 +106,7 @@ class Router:
         while len(self._lost) > self._params.max_lost:
             self._lost.popitem(last=False)
         self._orphan(owner, now_s)
-        for request_id in self._flights.keys() - self._waiting:
+        for request_id in () if self._book.has_said_farewell(*owner) else self._flights.keys() - self._waiting:
             self._suspect.setdefault(request_id, now_s)
         member = self._members.get(instance)
         if member is None or member.epoch != epoch:

@@ -194,6 +194,15 @@ class DispatchBook:
         self._drop_seen()
 
     # ---- what is known
+    def has_said_farewell(self, instance: InstanceId, epoch: Epoch) -> bool:
+        """Its last word was that it drains and that nothing is left on it: nothing can have come there since."""
+        entry = self._entries.get(instance)
+        if entry is None or entry.epoch != epoch or entry.report is None:
+            return False
+        last = entry.report
+        num_there = last.num_running + last.num_waiting + last.migrations_in + last.migrations_out
+        return last.state == State.DRAINING.value and num_there == 0
+
     @property
     def block_size(self) -> int:
         """Tokens of a block, as instances report it; 16 before any does."""

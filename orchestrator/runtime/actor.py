@@ -15,17 +15,22 @@ from orchestrator.admin.server import AdminServer
 from orchestrator.core import Orchestrator
 from orchestrator.errors import JournalError, StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
+from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
 from orchestrator.policy.levels import parse_levels
+from orchestrator.policy.load import LoadParams
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.runtime.journal import Journal, JournalParams
+from orchestrator.runtime.launch import RayLauncher
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
-from orchestrator.runtime.ray_cluster import RayCluster
-from orchestrator.runtime.spec import OrchestratorSpec, OrchestratorStarted
-from orchestrator.state import CoreParams
+from orchestrator.runtime.ray_cluster import RayCluster, Resources
+from orchestrator.runtime.spec import OrchestratorSpec, OrchestratorStarted, ScalingSpec
+from orchestrator.state import CoreParams, ScalingParams
 
 STOP_GRACE_S = 1.0
+START_GRACE_S = 30.0
+"""A start that its own time-outs have not ended by then has failed."""
 
 
 class OrchestratorActor:
@@ -48,14 +53,16 @@ class OrchestratorActor:
         except ValueError as error:
             raise StartUpError(str(error)) from error
         await self._mailbox.open(spec.host)
-        core = Orchestrator(_core_params(spec))
+        core = Orchestrator(core_params(spec))
         self._journal = _journal(spec, core)
+        cluster = RayCluster(is_ours=False)
         loop = OrchestratorLoop(
             core,
-            RayCluster(is_ours=False),
+            cluster,
             self._mailbox,
             LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
             self._journal,
+            _launcher(cluster, spec.scaling) if spec.scaling is not None else None,
         )
         self._server = AdminServer(loop, spec.admin_access)
         address = await self._server.start(spec.admin_host, spec.admin_port)
@@ -105,7 +112,7 @@ def _journal(spec: OrchestratorSpec, core: Orchestrator) -> Journal | None:
         raise StartUpError(f"--journal: {error}") from error
 
 
-def _core_params(spec: OrchestratorSpec) -> CoreParams:
+def core_params(spec: OrchestratorSpec) -> CoreParams:
     levels = parse_levels(spec.priority_levels)
     return CoreParams(
         rebalance=RebalanceParams(
@@ -120,4 +127,34 @@ def _core_params(spec: OrchestratorSpec) -> CoreParams:
         is_rebalancing=spec.rebalance,
         max_migrations_out=spec.max_migrations,
         max_migrations_in=spec.max_migrations,
+        scaling=_scaling_params(spec.scaling, levels.load_params) if spec.scaling is not None else ScalingParams(),
     )
+
+
+def _scaling_params(spec: ScalingSpec, load: LoadParams) -> ScalingParams:
+    autoscale = AutoscaleParams(
+        low_steps=spec.low_steps,
+        high_steps=spec.high_steps,
+        cap_steps=2 * spec.high_steps,
+        margin_steps=spec.low_steps,
+        period_s=spec.period_s,
+        cooldown_s=spec.cooldown_s,
+        settle_s=spec.cooldown_s,
+        load=load,
+    )
+    return ScalingParams(
+        can_start=True,
+        fewest=spec.fewest,
+        most=spec.most,
+        capacity=spec.most,
+        is_automatic=spec.is_automatic,
+        autoscale=autoscale,
+        first_epoch=spec.first_epoch,
+        start_timeout_s=2 * spec.start_timeout_s + START_GRACE_S,  # for a place, then for loading
+        retire_timeout_s=spec.retire_timeout_s,
+    )
+
+
+def _launcher(cluster: RayCluster, spec: ScalingSpec) -> RayLauncher:
+    resources = Resources(spec.num_gpus, spec.custom_resources, spec.labels, spec.is_spread)
+    return RayLauncher(cluster, spec.template, resources, spec.start_timeout_s)

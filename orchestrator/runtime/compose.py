@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
-from orchestrator.config import AS_SUITS, Engine, ServeConfig, server_access
+from orchestrator import config_scaling
+from orchestrator.config import AS_SUITS, Engine, Placement, ServeConfig, server_access
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.runtime import checks
+from orchestrator.runtime.launch import STOP_INSTANCE_S, find_place, load
 from orchestrator.runtime.ray_cluster import RayCluster, Resources
-from orchestrator.runtime.spec import GatewaySeat, InstanceSeat, OrchestratorSpec
+from orchestrator.runtime.spec import GatewaySeat, InstanceSeat, OrchestratorSpec, ScalingSpec
 
 FIRST_EPOCH = 1
 LOCAL = "127.0.0.1"
@@ -24,7 +26,6 @@ ORCHESTRATOR_START_S = 60.0
 HEALTHY_S = 30.0
 STOP_ORCHESTRATOR_S = 3.0
 STOP_GATEWAY_S = 4.0
-STOP_INSTANCE_S = 4.0
 
 
 class Phase(Enum):
@@ -77,12 +78,38 @@ def instance_specs(config: ServeConfig, token: str) -> list[InstanceSpec]:
             carrier_checksum=config.carrier_checksum,
             copy_bytes_per_s=None if config.copy_mb_per_s == AS_SUITS else config.copy_mb_per_s * 1e6,
             token=token,
-            num_sharing=config.instances,
+            num_sharing=config.most_instances,
             max_migrations_in=config.max_migrations,
             max_migrations_out=config.max_migrations,
         )
         for index in range(config.instances)
     ]
+
+
+def scaling_spec(config: ServeConfig, template: InstanceSpec, resources: Resources) -> ScalingSpec:
+    return ScalingSpec(
+        template=template,
+        num_gpus=resources.num_gpus,
+        custom_resources=resources.custom,
+        labels=resources.labels,
+        is_spread=resources.is_spread,
+        start_timeout_s=config.start_timeout_s,
+        fewest=config.autoscale_min,
+        most=config.most_instances,
+        first_epoch=FIRST_EPOCH + 1,
+        is_automatic=config.autoscale,
+        low_steps=config.autoscale_low_steps,
+        high_steps=config.autoscale_high_steps,
+        period_s=config.autoscale_period_s,
+        cooldown_s=config.autoscale_cooldown_s,
+        retire_timeout_s=config.retire_timeout_s,
+    )
+
+
+def instance_resources(config: ServeConfig, num_gpus: float) -> Resources:
+    """What each instance holds, and where it may be."""
+    is_spread = config.placement is Placement.SPREAD
+    return Resources(num_gpus, config_scaling.resources(config), config_scaling.labels(config), is_spread)
 
 
 def gateway_configs(config: ServeConfig, token: str) -> list[GatewayConfig]:
@@ -146,6 +173,7 @@ async def compose(
         priority_levels=config.priority_levels,
         log_level=config.log_level,
         token=token,
+        scaling=scaling_spec(config, specs[0], resources),
     )
     try:
         started = await cluster.start_orchestrator(orchestrator, spec, ORCHESTRATOR_START_S)
@@ -163,9 +191,9 @@ async def _start_instance(
     async def start() -> InstanceSeat:
         on_progress(Progress(spec.instance, Phase.CREATED))
         actor_name = cluster.make_instance(spec, resources)
-        process_id = await cluster.process_id(actor_name, timeout_s)
+        process_id = await find_place(cluster, actor_name, resources, timeout_s)
         on_progress(Progress(spec.instance, Phase.LOADING, _engine_name(spec.engine)))
-        started = await cluster.start_instance(actor_name, spec, timeout_s)
+        started = await load(cluster, actor_name, spec, timeout_s)
         on_progress(Progress(spec.instance, Phase.READY, _size(started)))
         return InstanceSeat(
             instance=started.instance,
@@ -222,4 +250,6 @@ async def dismantle(cluster: RayCluster, composition: Composition) -> None:
     """Stop everything: deciding first, then the front door, then the engines. What does not stop in time is killed."""
     await cluster.stop_actor(composition.orchestrator, STOP_ORCHESTRATOR_S)
     await asyncio.gather(*(cluster.stop_actor(seat.actor_name, STOP_GATEWAY_S) for seat in composition.gateways))
-    await asyncio.gather(*(cluster.stop_actor(seat.actor_name, STOP_INSTANCE_S) for seat in composition.instances))
+    # The orchestrator is gone by now: what it has started since lives, what it has stopped does not.
+    instances = {*cluster.instance_actors(), *(seat.actor_name for seat in composition.instances)}
+    await asyncio.gather(*(cluster.stop_actor(actor_name, STOP_INSTANCE_S) for actor_name in sorted(instances)))

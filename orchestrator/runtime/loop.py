@@ -13,10 +13,9 @@ from typing import assert_never
 
 from instance.mailbox import Mailbox
 from instance.messages import LoadReport, RequestReport, Subscribe
-from instance.spec import MigrationSummary
-from migration.types import Outcome
 from orchestrator.core import Orchestrator
 from orchestrator.effects import (
+    AnnounceScaling,
     Answer,
     Effect,
     EndRequest,
@@ -26,7 +25,9 @@ from orchestrator.effects import (
     Result,
     SetDraining,
     SetPriority,
+    StartInstance,
     StartMigration,
+    StopInstance,
     UpdateMembers,
     WithdrawMigration,
 )
@@ -39,7 +40,6 @@ from orchestrator.events import (
     InstanceLost,
     InstanceStarted,
     MigrationEnded,
-    MigrationFigures,
     PriorityAnswered,
     ReportReceived,
     RequestsReceived,
@@ -50,7 +50,9 @@ from orchestrator.events import (
 from orchestrator.log import fields, logger
 from orchestrator.runtime.cancelling import end_request, withdraw
 from orchestrator.runtime.journal import Journal, decided
-from orchestrator.runtime.ports import Fleet
+from orchestrator.runtime.keeper import InstanceKeeper, NoLauncher
+from orchestrator.runtime.migrating import migrate
+from orchestrator.runtime.ports import Fleet, Launcher
 from orchestrator.state import Snapshot
 from orchestrator.tuning import Policy
 
@@ -80,13 +82,20 @@ class OrchestratorLoop:
     """One core, one fleet, one inbox. `run` until `stop`."""
 
     def __init__(
-        self, core: Orchestrator, fleet: Fleet, mailbox: Mailbox, params: LoopParams, journal: Journal | None = None
+        self,
+        core: Orchestrator,
+        fleet: Fleet,
+        mailbox: Mailbox,
+        params: LoopParams,
+        journal: Journal | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self._core = core
         self._fleet = fleet
         self._mailbox = mailbox
         self._params = params
         self._journal = journal
+        self._keeper = InstanceKeeper(launcher or NoLauncher(), self.handle)
         self._tasks: asyncio.TaskGroup | None = None
         self._stopping = asyncio.Event()
         self._tokens = count(1)
@@ -217,6 +226,12 @@ class OrchestratorLoop:
             case FenceInstance():
                 for peer in effect.peers:
                     self._spawn(self._fence(effect, self._actor_name(peer)), f"fence-{effect.instance}-{peer}")
+            case StartInstance():
+                self._spawn(self._keeper.start(effect), f"start-{effect.instance}-{effect.epoch}")
+            case StopInstance():
+                self._spawn(self._keeper.stop(effect), f"stop-{effect.instance}-{effect.epoch}")
+            case AnnounceScaling():
+                self._keeper.announce(effect)
             case EndRequest():
                 _log.info("end request %s", fields(request=effect.request_id, reason=effect.reason))
                 self._spawn(self._end_request(effect), f"end-{effect.request_id}")
@@ -233,20 +248,8 @@ class OrchestratorLoop:
 
     # ------------------------------------------------------------------ effects
     async def _migrate(self, effect: StartMigration) -> None:
-        try:
-            summary = await self._fleet.migrate(
-                self._actor_name(effect.source.instance),
-                effect.request_id,
-                effect.destination,
-                effect.mode,
-                self._params.migrate_timeout_s,
-            )
-        except ActorGone as error:
-            self.handle(MigrationEnded(effect.number, Outcome.SOURCE_LOST, str(error), MigrationFigures()))
-        except CallFailed as error:
-            self.handle(MigrationEnded(effect.number, Outcome.FAULT, str(error), MigrationFigures()))
-        else:
-            self.handle(ended(effect, summary))
+        source = self._actor_name(effect.source.instance)
+        self.handle(await migrate(self._fleet, effect, source, self._params.migrate_timeout_s))
 
     async def _set_draining(self, effect: SetDraining) -> None:
         error: str | None = None
@@ -372,19 +375,3 @@ def _audit(result: Result) -> None:
     if isinstance(result, PolicyUpdated) and not result.validate_only:
         for path, before, after in result.changes:
             _log.info("policy changed %s", fields(parameter=path, before=before, after=after))
-
-
-def ended(effect: StartMigration, summary: MigrationSummary) -> MigrationEnded:
-    """The event that a source's summary stands for."""
-    figures = MigrationFigures(
-        cached_tokens=summary.cached_tokens,
-        moved_tokens=summary.moved_tokens,
-        num_stages=summary.num_stages,
-        copied_blocks=summary.copied_blocks,
-        tail_blocks=summary.tail_blocks,
-        num_bytes=summary.num_bytes,
-        duration_s=summary.duration_s,
-        stopped_s=summary.stopped_s,
-        steps_during_copy=summary.steps_during_copy,
-    )
-    return MigrationEnded(effect.number, Outcome(summary.outcome), summary.reason, figures)

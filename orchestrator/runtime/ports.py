@@ -8,6 +8,7 @@ from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.effects import UpdateMembers
+from orchestrator.events import InstanceStarted
 
 
 class Fleet(Protocol):
@@ -38,3 +39,13 @@ class Fleet(Protocol):
 
     async def wait_dead(self, actor_name: str) -> str:
         """Return, with the reason in one line, once the actor's process is gone."""
+
+
+class Launcher(Protocol):
+    """How instances are made and ended while the cluster runs."""
+
+    async def start(self, instance: InstanceId, epoch: Epoch) -> InstanceStarted:
+        """Return when it serves. Raises StartUpError (one line) in bounded time, having left nothing of it running."""
+
+    async def stop(self, instance: InstanceId, epoch: Epoch) -> None:
+        """End its process, in order where it answers; one that is not there is no error."""

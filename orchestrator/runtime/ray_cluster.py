@@ -29,6 +29,7 @@ from orchestrator.runtime.spec import OrchestratorSpec, OrchestratorStarted
 
 NAMESPACE = "kvferry"
 ORCHESTRATOR_ACTOR = "kvferry-orchestrator"
+INSTANCE_PREFIX = "kvferry-instance-"
 RESOURCE = "kvferry_instance"
 """Custom resource an instance without a GPU holds: a node that holds none counts as idle to an autoscaler."""
 OBJECT_STORE_BYTES = 96 << 20
@@ -57,14 +58,42 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one instance holds."""
+    """What one instance holds, and where it may be."""
 
     num_gpus: float
     """0 on machines without CUDA: then one `kvferry_instance` is held."""
+    custom: tuple[tuple[str, float], ...] = ()
+    """Custom resources of Ray, held besides: (name, amount)."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Labels that its node must have: (name, value)."""
+    is_spread: bool = False
+    """On as many nodes as there are; otherwise Ray fills a node first."""
+
+    def options(self) -> dict[str, Any]:
+        """As Ray's `options` take them."""
+        held = dict(self.custom) if self.num_gpus > 0 else {RESOURCE: 1.0, **dict(self.custom)}
+        options: dict[str, Any] = {"resources": held} if held else {}
+        if self.num_gpus > 0:
+            options["num_gpus"] = self.num_gpus
+        if self.labels:
+            options["label_selector"] = dict(self.labels)
+        if self.is_spread:
+            options["scheduling_strategy"] = "SPREAD"
+        return options
+
+    def __str__(self) -> str:
+        held = [f"{self.num_gpus:g} GPU"] if self.num_gpus > 0 else [f"1 {RESOURCE}"]
+        held += [f"{amount:g} {name}" for name, amount in self.custom]
+        return ", ".join([*held, *(f"a node with {name}={value}" for name, value in self.labels)])
 
 
 def instance_actor_name(instance: str, epoch: int) -> str:
     return f"kvferry-{instance}-{epoch}"
+
+
+def instance_of(actor_name: str) -> str:
+    """The instance's name, of its actor's."""
+    return actor_name.removeprefix("kvferry-").rpartition("-")[0]
 
 
 def gateway_actor_name(gateway: str) -> str:
@@ -125,11 +154,8 @@ class RayCluster:
         """Create the actor of one instance; returns its name at once, before anything has been loaded."""
         from instance.actor import InstanceActor  # noqa: PLC0415 - heavy, and only the starting process needs it
 
-        holds: dict[str, Any] = (
-            {"num_gpus": resources.num_gpus} if resources.num_gpus > 0 else {"resources": {RESOURCE: 1.0}}
-        )
         name = instance_actor_name(spec.instance, spec.epoch)
-        return self._make(InstanceActor, name, {"max_concurrency": INSTANCE_CONCURRENCY, **holds})
+        return self._make(InstanceActor, name, {"max_concurrency": INSTANCE_CONCURRENCY, **resources.options()})
 
     def make_gateway(self, gateway: str) -> str:
         from orchestrator.gateway.actor import GatewayActor  # noqa: PLC0415 - as above
@@ -147,7 +173,9 @@ class RayCluster:
         try:
             self._handles[name] = remote_class.options(**always, **options).remote()
         except ValueError as error:
-            raise StartUpError(f"an actor named {name} is there already: stop the kvferry that runs it") from error
+            if "already taken" in str(error):
+                raise StartUpError(f"an actor named {name} is there already: stop the kvferry that runs it") from error
+            raise StartUpError(f"Ray does not take the options of {name}: {one_line(error)}") from error
         return name
 
     async def start_instance(self, actor_name: str, spec: InstanceSpec, timeout_s: float) -> InstanceStarted:
@@ -185,9 +213,19 @@ class RayCluster:
             return
 
     def kill_all(self) -> None:
-        """End every process this connection has made or called, at once."""
-        for actor_name in list(self._handles):
+        """End every process this connection has made or called, and every instance, at once."""
+        for actor_name in {*self._handles, *self.instance_actors()}:
             self.kill(actor_name)
+
+    def instance_actors(self) -> list[str]:
+        """The actors of instances that are there, whoever has made them; none when Ray does not answer."""
+        if not ray.is_initialized():
+            return []  # or asking would start one
+        try:
+            named = ray.util.list_named_actors()
+        except (RayError, ConnectionError, RuntimeError):  # Ray itself is gone, or never came up
+            return []
+        return sorted(name for name in named if name.startswith(INSTANCE_PREFIX))
 
     def note_processes(self) -> None:
         """Have what runs by now killed, should this process itself be killed. Only for a cluster of our own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from instance.spec import InstanceSpec
 from orchestrator.access import ServerAccess
 from orchestrator.policy.dispatch import Rule
 from orchestrator.policy.levels import DEFAULT_LEVELS
@@ -29,6 +30,28 @@ class GatewaySeat(msgspec.Struct, frozen=True):
     actor_name: str
     url: str
     process_id: int = 0
+
+
+class ScalingSpec(msgspec.Struct, frozen=True):
+    """What the orchestrator needs to start further instances, and between which limits."""
+
+    template: InstanceSpec
+    """Of every instance; name and epoch are filled in."""
+    num_gpus: float = 0.0
+    custom_resources: tuple[tuple[str, float], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    is_spread: bool = False
+    start_timeout_s: float = 300.0
+    fewest: int = 1
+    most: int = 1
+    first_epoch: int = 2
+    """Higher than that of any instance there ever was in this cluster."""
+    is_automatic: bool = False
+    low_steps: float = 160.0
+    high_steps: float = 960.0
+    period_s: float = 30.0
+    cooldown_s: float = 60.0
+    retire_timeout_s: float = 600.0
 
 
 class OrchestratorSpec(msgspec.Struct, frozen=True):
@@ -60,6 +83,8 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     log_level: str = "INFO"
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
+    scaling: ScalingSpec | None = None
+    """None: the number of instances stays as it is."""
 
 
 class OrchestratorStarted(msgspec.Struct, frozen=True):

@@ -123,6 +123,8 @@ async def test_the_commands_reach_a_guarded_api_by_flags_and_by_variables(
         assert (status, out) == (0, "rebalance.threshold_steps would be 512 (was 9)\n")
         status, _, err = await run("policy", "--set", "drain.max_moves=0")
         assert (status, err) == (1, "kvferry: drain.max_moves: it is 0, it must be a whole number from 1 to 1000\n")
+        status, _, err = await run("scale", "3")
+        assert status == 1 and "cannot scale" in err, "it was let in, and refused by the core"
         status, out, _ = await run("status")
         assert status == 0 and "instance-0" in out
         assert (await run("cancel", "cmpl-1", "--dry-run"))[1] == "cmpl-1 would end on instance-0\n"

@@ -33,9 +33,8 @@ def serve(*arguments: str) -> Done:
 def test_help_is_quick_and_lists_the_commands() -> None:
     done = kvferry("--help", timeout_s=30)
     assert done.status == 0
-    assert all(
-        name in done.out for name in ("serve", "status", "migrate", "priority", "drain", "undrain", "replay", "demo")
-    )
+    names = ("serve", "status", "migrate", "priority", "drain", "undrain", "scale", "replay", "demo")
+    assert all(name in done.out for name in names)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from instance.errors import MalformedFleetMessage
 from instance.mailbox import decode, encode
 from instance.messages import (
@@ -26,7 +28,8 @@ from orchestrator.core import Orchestrator
 from orchestrator.events import InstanceStarted, ReportReceived, RequestsReceived, Ticked
 from orchestrator.gateway.router import Router
 from orchestrator.gateway.types import Outgoing, RouterParams
-from orchestrator.state import CoreParams
+from orchestrator.policy.autoscale import AutoscaleParams
+from orchestrator.state import CoreParams, ScalingParams
 from tests.support.mutate import Mutator
 from tests.support.reports import load_report, request_load, request_report
 
@@ -90,8 +93,10 @@ def test_a_router_takes_six_thousand_hostile_frames() -> None:
     assert min(kinds[kind.__name__] for kind in (LoadReport, Frame, SubmitAnswer, OwnerChanged)) > 20, kinds
 
 
-def test_the_core_takes_four_thousand_hostile_reports() -> None:
-    core = Orchestrator(CoreParams())
+@pytest.mark.parametrize("is_automatic", [False, True])
+def test_the_core_takes_four_thousand_hostile_reports(is_automatic: bool) -> None:
+    scaling = ScalingParams(can_start=True, is_automatic=is_automatic, autoscale=AutoscaleParams(period_s=0.1))
+    core = Orchestrator(CoreParams(scaling=scaling))
     for incarnation in members():
         core.on(InstanceStarted(incarnation, f"actor-{incarnation.instance}", "tiny", 16, 1000, process_id=7), 0.0)
     valid: tuple[FleetMessage, ...] = (

@@ -17,23 +17,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instance.messages import LoadReport, RequestLoad, RequestReport
+from migration.types import Epoch, Incarnation
 from orchestrator.core import Orchestrator
 from orchestrator.effects import Effect
 from orchestrator.errors import LimitExceeded
-from orchestrator.events import Event, ReportReceived
+from orchestrator.events import Event, InstanceStarted, ReportReceived, ScaleRequested, Ticked, Token
 from orchestrator.journal.difference import difference, patched
 from orchestrator.journal.lines import Checkpoint, Entry, LineReader, LineWriter
 from orchestrator.journal.replay import Replay
 from orchestrator.journal.values import core_of, core_state, known_classes, plain, value_of
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.runtime.journal import JournalParams
-from orchestrator.state import CoreParams
-from tests.support.core_stories import Story, stories
+from orchestrator.state import CoreParams, ScalingParams
+from tests.support.core_stories import NAMES, Story, stories
+from tests.support.reports import load_report
 from tests.support.written_journal import START_S, read, write_story
 
 UNTIMED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no finding."""
-PARAMS = CoreParams(rebalance=RebalanceParams(margin_steps=16, rest_s=2.0), max_instances=3, max_waiters=2)
+PARAMS = CoreParams(
+    rebalance=RebalanceParams(margin_steps=16, rest_s=2.0),
+    max_instances=3,
+    max_waiters=2,
+    scaling=ScalingParams(can_start=True, most=4, capacity=4, first_epoch=2, start_timeout_s=20.0, backoff_s=1.0),
+)
 LEFT_OUT = 5
 """Of every story: the report of ten requests on a full instance; a tick comes next."""
 ONE_PART = JournalParams(flush_s=0.0)
@@ -88,6 +95,26 @@ def test_every_event_and_effect_can_be_written_and_read(kind: type) -> None:
         assert type(again) is kind and again == value
 
     holds()
+
+
+@UNTIMED
+@given(st.integers(0, 3))
+def test_the_state_of_a_core_that_starts_and_empties_instances_can_be_written(num_ticks: int) -> None:
+    """Random stories come there now and then only."""
+    core, now_s = Orchestrator(PARAMS), START_S
+    for name in NAMES[:2]:
+        core.on(InstanceStarted(Incarnation(name, Epoch(1), f"tcp://{name}"), f"a-{name}", "tiny", 16, 400), now_s)
+        core.on(ReportReceived(load_report(name, total_blocks=400, free_blocks=400)), now_s)
+    for target, seen in ((1, "retiring"), (3, "starting")):
+        core.on(ScaleRequested(Token(target), target), now_s)
+        for _ in range(2 + num_ticks):  # the one that was being emptied is put back before another is started
+            core.on(Ticked(), now_s)
+        scaling = core.snapshot(now_s).scaling
+        assert scaling is not None and getattr(scaling, seen), "or nothing is tested"
+        again = core_of(through_json(core_state(core)))
+        assert again.snapshot(now_s) == core.snapshot(now_s) and core_state(again) == core_state(core)
+        assert again.on(Ticked(), now_s + 30.0) == core.on(Ticked(), now_s + 30.0), "also where a start is given up"
+        core.check_integrity()
 
 
 def test_no_field_of_an_event_or_effect_is_named_like_a_secret() -> None:

@@ -18,6 +18,7 @@ from orchestrator.events import (
     GatewayStarted,
     InstanceLost,
     InstanceStarted,
+    InstanceStartFailed,
     MigrateRequested,
     MigrationEnded,
     MigrationFigures,
@@ -29,6 +30,7 @@ from orchestrator.events import (
     ReportReceived,
     RequestCancelled,
     RequestsReceived,
+    ScaleRequested,
     Ticked,
     Token,
     UndrainRequested,
@@ -119,6 +121,16 @@ _EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(MigrationWithdrawn, _tokens, st.sampled_from([None, "no answer"])),
     st.builds(PolicyUpdateRequested, _tokens, st.just((("rebalance.margin_steps", 32.0), ("drain.max_moves", 4)))),
     st.builds(InstanceLost, _names, _epochs, st.just("killed")),
+    st.builds(InstanceStartFailed, _names, st.integers(1, 8).map(Epoch), st.just("no node has a place")),
+    st.builds(_started, _names, st.integers(2, 8).map(Epoch)),  # as the answer to a start, or late
+    st.builds(
+        ScaleRequested,
+        _tokens,
+        target=st.sampled_from([None, 1, 2, 3, 3]),
+        fewest=st.sampled_from([None, None, 1, 2]),
+        most=st.sampled_from([None, None, 3, 9]),
+        is_automatic=st.sampled_from([None, True, False]),
+    ),
     st.builds(lambda number: GatewayStarted(f"gateway-{number}", f"g-{number}", "http://here"), st.integers(0, 2)),
     st.builds(lambda number: GatewayLost(f"gateway-{number}", "killed"), st.integers(0, 2)),
 )

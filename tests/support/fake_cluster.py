@@ -1,4 +1,5 @@
-"""How does a test run the orchestrator's loop without Ray? A fake of the `Fleet` port: actors that obey or die."""
+"""How does a test run the orchestrator's loop without Ray? A fake of the `Fleet` and `Launcher` ports: actors that obey
+or die."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.effects import Member, UpdateMembers
-from orchestrator.errors import ActorGone, CallFailed
+from orchestrator.errors import ActorGone, CallFailed, StartUpError
+from orchestrator.events import InstanceStarted
 
 
 class FakeCluster:
@@ -39,6 +41,14 @@ class FakeCluster:
         self.fenced: list[tuple[str, str, int]] = []
         self.members: dict[str, tuple[Member, ...]] = {}
         self.told = asyncio.Event()
+        self.launched: list[tuple[str, int]] = []
+        """Instances asked for, as (name, epoch)."""
+        self.stopped: list[tuple[str, int]] = []
+        self.launch_errors: list[str] = []
+        """The next launches fail with these, one each."""
+        self.launch_hangs = False
+        """Launches never end by themselves."""
+        self.launch_cancelled: list[str] = []
 
     async def migrate(
         self, actor_name: str, request_id: str, destination: Incarnation, mode: str, timeout_s: float
@@ -100,6 +110,27 @@ class FakeCluster:
 
     async def wait_dead(self, actor_name: str) -> str:
         return await self.deaths[actor_name]
+
+    # ---- the Launcher port
+    async def start(self, instance: InstanceId, epoch: Epoch) -> InstanceStarted:
+        self.launched.append((instance, epoch))
+        self.told.set()
+        if self.launch_hangs:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.launch_cancelled.append(instance)
+                raise
+        if self.launch_errors:
+            raise StartUpError(self.launch_errors.pop(0))
+        incarnation = Incarnation(instance, epoch, "tcp://127.0.0.1:1")
+        return InstanceStarted(incarnation, f"kvferry-{instance}-{epoch}", "tiny", 16, 1000, process_id=7)
+
+    async def stop(self, instance: InstanceId, epoch: Epoch) -> None:
+        self.stopped.append((instance, epoch))
+        death = self.deaths[f"kvferry-{instance}-{epoch}"]
+        if not death.done():
+            death.set_result("it was stopped")
 
     def _check(self, actor_name: str) -> None:
         if actor_name in self.deaths and self.deaths[actor_name].done():

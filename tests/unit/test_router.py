@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+import pytest
 
 from instance.messages import (
     Abort,
@@ -352,6 +353,33 @@ def test_a_request_that_moved_unheard_to_an_instance_that_died_does_not_hang_for
     assert wire_ids(effects) == ["r~2"]
     assert aborted_at(effects) == ["a", "b"]
     assert failures(effects) == [], "the one that goes on is under no suspicion"
+
+
+def test_an_instance_that_was_empty_and_took_nothing_when_it_ended_makes_nobody_suspect() -> None:
+    """1. `b` is drained. 2. It says that it drains and is empty. 3. It is stopped. 4. A request at `a` is silent for
+    long, since it waits for memory there."""
+    desk = Desk(suspect_for_s=60.0)
+    desk.submit()
+    desk.frame("a", token(0))
+    desk.says(desk.report("b", state="draining"))
+    desk.router.on_member_lost(InstanceId("b"), Epoch(1), desk.now_s)
+    desk.members("a")
+    for _ in range(100):
+        assert failures(desk.after(1.0, heard="a")) == []
+    assert desk.frame("a", token(1)) == [Deliver(("a", 1), (token(1),), 0.0)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last_word", [{"state": "draining", "num_running": 1}, {"state": "serving"}])
+def test_an_instance_that_was_not_empty_or_not_draining_when_it_ended_makes_others_suspect(
+    last_word: dict[str, Any],
+) -> None:
+    desk = Desk(suspect_for_s=60.0)
+    desk.submit()
+    desk.frame("a", token(0))
+    desk.says(desk.report("b", **last_word))
+    desk.members("a")
+    assert desk.after(60.0, heard="a") == []
+    assert [one.request_id for one in failures(desk.after(1.0, heard="a"))] == ["r"]
 
 
 def test_a_silent_instance_loses_its_requests_and_its_late_tokens_do_not_mix_in() -> None:

@@ -11,6 +11,8 @@ from orchestrator.access import ClientAccess
 from orchestrator.config import Engine, ServeConfig, admin_address, client_access, serve_config, server_access
 from orchestrator.errors import ConfigError
 from orchestrator.gateway.priorities import key_digest
+from orchestrator.runtime.compose import instance_resources
+from orchestrator.runtime.ray_cluster import Resources
 from tests.support.certificates import Authority
 
 
@@ -55,6 +57,18 @@ def test_values_are_read_as_the_fields_type() -> None:
         ({"carrier": "pigeon"}, "--carrier is 'pigeon', it must be one of shm, tcp, nccl"),
         ({"carrier": "nccl", "carrier_checksum": True}, "knows no checksums"),
         ({"copy_mb_per_s": -2.0}, "--copy-mb-per-s"),
+        ({"autoscale_min": 0}, "--autoscale-min is 0"),
+        ({"autoscale_max": 65}, "--autoscale-max is 65"),
+        ({"instances": 3, "autoscale_max": 2}, "--instances is 3, outside --autoscale-min 1 and --autoscale-max 2"),
+        ({"instances": 1, "autoscale_min": 2, "autoscale_max": 4}, "--instances is 1, outside"),
+        ({"autoscale_low_steps": 900.0, "autoscale_high_steps": 100.0}, "0 < low < high"),
+        ({"autoscale_period_s": 0.0}, "--autoscale-period-s is 0, not above 0"),
+        ({"retire_timeout_s": -1.0}, "--retire-timeout-s"),
+        ({"placement": "anywhere"}, "--placement is 'anywhere', it must be one of pack, spread"),
+        ({"instance_resources": "tpu"}, "--instance-resources: 'tpu' is not of the form NAME=VALUE"),
+        ({"instance_resources": "tpu=many"}, "tpu=many is not of the form NAME=AMOUNT"),
+        ({"instance_resources": "tpu=1.5"}, "tpu=1.5 is not of the form NAME=AMOUNT"),
+        ({"instance_labels": "zone=a,zone=b"}, "--instance-labels names something twice"),
         (
             {"slo_classes": "interactive=500"},
             "'interactive=500' is not of the form NAME=TTFT_MS/TPOT_MS",
@@ -66,6 +80,23 @@ def test_values_are_read_as_the_fields_type() -> None:
 def test_settings_that_cannot_be_are_one_line(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         serve_config({"model": "m", **settings}, {}, None, ())
+
+
+def test_what_instances_hold_and_where_they_may_be_is_read_as_pairs() -> None:
+    environment = {"KVFERRY_INSTANCE_RESOURCES": "tpu=2, disk=0.5", "KVFERRY_INSTANCE_LABELS": "zone=a,kind=big"}
+    environment |= {"KVFERRY_PLACEMENT": "spread", "KVFERRY_AUTOSCALE": "yes", "KVFERRY_AUTOSCALE_MAX": "5"}
+    settings = serve_config({"model": "m"}, environment, None, ())
+    assert settings.autoscale and (settings.instances, settings.most_instances) == (2, 5)
+    held = instance_resources(settings, num_gpus=0)
+    assert held == Resources(0, (("tpu", 2.0), ("disk", 0.5)), (("zone", "a"), ("kind", "big")), is_spread=True)
+    assert held.options() == {
+        "resources": {"kvferry_instance": 1.0, "tpu": 2.0, "disk": 0.5},
+        "label_selector": {"zone": "a", "kind": "big"},
+        "scheduling_strategy": "SPREAD",
+    }
+    assert str(held) == "1 kvferry_instance, 2 tpu, 0.5 disk, a node with zone=a, a node with kind=big"
+    assert Resources(2.0).options() == {"num_gpus": 2.0}
+    assert ServeConfig(model="m").most_instances == 2, "as many as --instances, unless it is said"
 
 
 def test_two_free_ports_do_not_contradict_each_other() -> None:

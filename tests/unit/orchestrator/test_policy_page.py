@@ -10,6 +10,7 @@ import pytest
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import Epoch, InstanceId
+from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, demand_blocks
 from orchestrator.policy.drain import DrainParams, plan_drain
 from orchestrator.policy.load import freeness, running_blocks, virtual_usage_blocks
@@ -100,7 +101,8 @@ def test_the_example_fits_together(page: Page) -> None:
 
 
 def test_the_parameters_are_those_of_the_code(page: Page) -> None:
-    kinds = {kind.__name__: kind() for kind in (DispatchParams, RebalanceParams, DrainParams, CoreParams)}
+    read = (DispatchParams, RebalanceParams, DrainParams, AutoscaleParams, CoreParams)
+    kinds = {kind.__name__: kind() for kind in read}
     for row in page.tables["Parameters"]:
         assert row["default"] == str(getattr(kinds[row["of"]], row["parameter"])), row
     told = {(row["of"], row["parameter"]) for row in page.tables["Parameters"]}

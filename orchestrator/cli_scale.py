@@ -1,0 +1,34 @@
+"""The command `kvferry scale`. Heavy imports are inside."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli_client import Admin, connect
+
+
+def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
+    target: Annotated[int | None, typer.Argument(metavar="N", help="Instances there shall be.")] = None,
+    fewest: Annotated[int | None, typer.Option("--min", help="No target is below.")] = None,
+    most: Annotated[int | None, typer.Option("--max", help="No target is above.")] = None,
+    automatic: Annotated[
+        bool | None, typer.Option("--auto/--no-auto", help="Let the target follow the load.", show_default=False)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when N are there.")] = True,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Wait no longer than this.")
+    ] = None,
+    admin: Admin = None,
+) -> None:
+    """Say how many instances there shall be. Those too many are emptied by migration, then stopped."""
+    from orchestrator import cli_scaling as shown  # noqa: PLC0415
+    from orchestrator.admin.errors import Declined  # noqa: PLC0415
+
+    with connect(admin) as client:
+        scaling = client.scale(target, fewest, most, automatic)
+        if target is None or not wait:
+            print(shown.line(scaling))
+        elif not shown.follow(client, scaling, deadline):
+            raise Declined("not done within the deadline; what was begun goes on")
