@@ -260,9 +260,8 @@ def priority(
 ) -> None:
     """Make one request more, or less, urgent while it waits or runs."""
     from orchestrator import cli_status as shown  # noqa: PLC0415
-    from orchestrator.admin.client import AdminClient  # noqa: PLC0415
 
-    with AdminClient(config.admin_address(admin)) as client:
+    with connect(admin) as client:
         print(shown.priority_line(client.set_priority(request, level)))
 
 

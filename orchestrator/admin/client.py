@@ -25,8 +25,6 @@ CONNECT_S = 3.0
 COMMAND_S = 15.0
 """Longer than the orchestrator waits for an instance or a gateway."""
 MIGRATE_S = 90.0
-_ANSWERED = ("did not start draining", "try again", "again is safe")
-"""Words of an orchestrator that answers UNAVAILABLE, in place of nobody who answers."""
 PRIORITY_S = 30.0
 """A change waits for the step that runs, and for the end of a migration that has stopped the request."""
 
@@ -120,11 +118,8 @@ class AdminClient:
 
     def set_priority(self, request: str, level: str) -> pb.SetRequestPriorityResponse:
         """`level`: a level's name, or a number."""
-        try:
-            ask = pb.SetRequestPriorityRequest(name=f"requests/{request}", level=level)
-            return self._stub.SetRequestPriority(ask, timeout=PRIORITY_S)
-        except grpc.RpcError as error:
-            raise self._meaning(error) from error
+        ask = pb.SetRequestPriorityRequest(name=f"requests/{request}", level=level, request_id=_new_id())
+        return self._call(self._stub.SetRequestPriority, ask, PRIORITY_S)
 
     def drain(self, instance: str, wait: bool, deadline_s: float | None = None) -> Iterator[pb.DrainInstanceResponse]:
         """Progress; the last one says `done` when `wait`."""

@@ -26,7 +26,15 @@ from tests.support.reports import request_load
 
 TOKEN = "a-token-of-24-characters"
 CODE = grpc.StatusCode
-MUTATING = ("MigrateRequest", "CancelRequest", "CancelMigration", "DrainInstance", "UndrainInstance", "UpdatePolicy")
+MUTATING = (
+    "MigrateRequest",
+    "CancelRequest",
+    "CancelMigration",
+    "SetRequestPriority",
+    "DrainInstance",
+    "UndrainInstance",
+    "UpdatePolicy",
+)
 
 
 @pytest_asyncio.fixture
