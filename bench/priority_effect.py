@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
 from rich.console import Console
@@ -33,6 +32,10 @@ from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.config import ServeConfig
 from orchestrator.demo.cluster import MODEL_NAME, NUM_BLOCKS, demo_config, running_cluster, start_ray
 from orchestrator.demo.options import DemoOptions
+from orchestrator.effects import Answer, Reprioritised, StartMigration
+from orchestrator.events import PriorityAnswered, PriorityRequested
+from orchestrator.journal.lines import Entry
+from orchestrator.journal.reader import JournalFiles
 from orchestrator.runtime.ray_cluster import RayCluster
 
 BAR_S = 2.0
@@ -120,15 +123,20 @@ def explained(journal: Path) -> int:
     """Changes that the journal tells whole: who asked, what was done, and a move that it caused before the next one."""
     told = 0
     asked, done = False, False
-    whole, _, _ = journal.read_text(encoding="utf-8").rpartition("\n")
-    for line in map(json.loads, whole.splitlines()):
-        effects: list[dict[str, Any]] = line["effects"]
-        if line["event"] == "PriorityRequested":
-            asked, done = bool(line["value"]["asked_by"]), False
-        elif line["event"] == "PriorityAnswered":
-            done = asked and any(effect["value"].get("result", {}).get("effect") for effect in effects)
-        elif done and any(str(effect["value"].get("reason", "")).startswith("isolate: ") for effect in effects):
-            told, asked, done = told + 1, False, False
+    with JournalFiles(journal) as files:
+        for _, line in files.lines():
+            if not isinstance(line, Entry):
+                continue
+            effects = line.effect_values()
+            if isinstance(line.event, PriorityRequested):
+                asked, done = bool(line.event.asked_by), False
+            elif isinstance(line.event, PriorityAnswered):
+                results = [effect.result for effect in effects if isinstance(effect, Answer)]
+                done = asked and any(isinstance(result, Reprioritised) and result.effect for result in results)
+            elif done and any(
+                isinstance(effect, StartMigration) and effect.reason.startswith("isolate: ") for effect in effects
+            ):
+                told, asked, done = told + 1, False, False
     return told
 
 

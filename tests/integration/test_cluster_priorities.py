@@ -6,17 +6,19 @@ Over Ray, with fake engines: their steps are paced, so that requests last as lon
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from instance.fake_model import FakeRequest, expected_output
 from migration.types import Epoch, Incarnation, InstanceId
+from orchestrator.effects import Answer, Reprioritised, SetPriority, StartMigration
+from orchestrator.events import PriorityAnswered, PriorityRequested
+from orchestrator.journal.lines import Entry
 from tests.support.fleet import Gateway
 from tests.support.serving import Serving
+from tests.support.written_journal import lines_of
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -51,13 +53,13 @@ async def owners(serving: Serving) -> dict[str, tuple[str, int]]:
     }
 
 
-def lines_of(journal: Path) -> list[dict[str, Any]]:
-    whole, _, _ = journal.read_text(encoding="utf-8").rpartition("\n")  # the last line may still be being written
-    return [json.loads(line) for line in whole.splitlines()]
+def entries_of(journal: Path) -> list[Entry]:
+    return [line for line in lines_of(journal) if isinstance(line, Entry)]
 
 
-def effects_of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [effect["value"] for line in lines for effect in line["effects"] if effect["effect"] == kind]
+def moves_of(journal: Path) -> list[StartMigration]:
+    effects = [effect for entry in entries_of(journal) for effect in entry.effect_values()]
+    return [effect for effect in effects if isinstance(effect, StartMigration)]
 
 
 async def test_neighbours_of_a_raised_request_move_away_and_the_journal_says_why(
@@ -96,18 +98,21 @@ async def test_neighbours_of_a_raised_request_move_away_and_the_journal_says_why
         reader.cancel()
         gateway.mailbox.close()
     async with asyncio.timeout(PATIENCE_S):
-        while len(moves := effects_of(await asyncio.to_thread(lines_of, journal), "StartMigration")) < 2:
+        while len(moves := await asyncio.to_thread(moves_of, journal)) < 2:
             pass
-    lines = lines_of(journal)
-    (asked,) = [line for line in lines if line["event"] == "PriorityRequested"]
-    assert asked["value"]["asked_by"] == "admin API SetRequestPriority" and asked["value"]["level"] == "high"
-    assert "normal (0) -> high (-10)" in asked["effects"][0]["value"]["reason"]
-    (answered,) = [line for line in lines if line["event"] == "PriorityAnswered"]
-    assert f"of {HEADROOM_BLOCKS} blocks" in answered["effects"][0]["value"]["result"]["effect"] or (
-        f"{HEADROOM_BLOCKS} blocks are kept free" in answered["effects"][0]["value"]["result"]["effect"]
-    )
-    assert {move["request_id"] for move in moves} == {"shared-0", "shared-2"}
-    assert all(move["reason"].startswith(f"isolate: {HEADROOM_BLOCKS} blocks are kept free") for move in moves)
+    entries = entries_of(journal)
+    (asked,) = [entry for entry in entries if isinstance(entry.event, PriorityRequested)]
+    assert isinstance(asked.event, PriorityRequested)
+    assert (asked.event.asked_by, asked.event.level) == ("admin API SetRequestPriority", "high")
+    (change,) = asked.effect_values()
+    assert isinstance(change, SetPriority) and "normal (0) -> high (-10)" in change.reason
+    (answered,) = [entry for entry in entries if isinstance(entry.event, PriorityAnswered)]
+    (told,) = answered.effect_values()
+    assert isinstance(told, Answer) and isinstance(told.result, Reprioritised)
+    words = (f"of {HEADROOM_BLOCKS} blocks", f"{HEADROOM_BLOCKS} blocks are kept free")
+    assert any(one in told.result.effect for one in words)
+    assert {move.request_id for move in moves} == {"shared-0", "shared-2"}
+    assert all(move.reason.startswith(f"isolate: {HEADROOM_BLOCKS} blocks are kept free") for move in moves)
 
 
 def test_changes_that_cannot_be_made_say_so_in_one_line(serving: Serving) -> None:
