@@ -144,9 +144,10 @@ class StepTimeModel:
         kinds = np.array([seen.has_prefill for seen in self._batch], dtype=np.int64)
         self._batch = []
         expected_s = seconds if self._coefficients is None else rows @ self._scaled
-        expected_s = np.maximum(expected_s, LEAST_EXPECTED * seconds)  # a step of terms that seemed to cost nothing
+        least_s = LEAST_EXPECTED * seconds  # a step of terms that seemed to cost nothing
+        expected_s = np.maximum(expected_s, least_s)
         if len(rows) >= self._params.solve_every:
-            expected_s = expected_s * self._shift(float(np.median(seconds / expected_s)))
+            expected_s = np.maximum(expected_s * self._shift(float(np.median(seconds / expected_s))), least_s)
         weights = row_weights(seconds, expected_s, self._params)
         forgetting = self._params.forgetting
         for kind in (0, 1):

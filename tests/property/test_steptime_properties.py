@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.steptime import (
@@ -36,7 +36,11 @@ priors = st.none() | st.lists(st.floats(0.05, 20.0), min_size=NUM_TERMS, max_siz
 )
 
 
-@settings(max_examples=25, deadline=None)
+STEADY, SUDDEN = (Observation((1.0, 1.0, 0.0, 1.0, 1.0, 0.0), seconds, False) for seconds in (1.0, 1e-4))
+
+
+@settings(max_examples=25)
+@example(rows=[*[STEADY] * 7, SUDDEN, SUDDEN], prior=None, params=SHORT)
 @given(st.lists(observations(), min_size=1, max_size=9), priors, st.sampled_from([SHORT, StepTimeParams()]))
 def test_it_estimates_what_the_slow_least_squares_does(rows: list[Observation], prior: object, params: object) -> None:
     assert isinstance(params, StepTimeParams)
@@ -52,7 +56,7 @@ def test_it_estimates_what_the_slow_least_squares_does(rows: list[Observation], 
                 assert np.isclose(fast.predict_s(seen.terms) or 0.0, expected, rtol=1e-3, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(observations(), min_size=1, max_size=40), st.data())
 def test_predictions_are_never_negative_and_never_fall_when_a_step_does_more(
     rows: list[Observation], data: st.DataObject
