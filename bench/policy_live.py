@@ -5,13 +5,15 @@
 Two CPU instances of the small model behind one gateway, with few KV blocks, so that memory is what runs out. Arms:
 *round-robin* (each instance in turn), *dispatch* (by freeness, nothing moves) and *rebalance* (the same, and running
 requests move). A round sends one plan of requests (Gamma arrivals, heavy-tailed lengths) to each arm, in another order
-each time; between arms only the orchestrator is replaced. TTFT is what a streaming client saw.
+each time; between arms only the orchestrator is replaced. Then the same under overload, where a tenth of the requests
+are urgent: told to the fleet (`x-kvferry-priority: high`), and not. TTFT is what a streaming client saw.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import statistics
 import sys
 import time
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from rich.console import Console
@@ -30,9 +33,10 @@ from orchestrator.admin.client import AdminClient
 from orchestrator.config import ServeConfig
 from orchestrator.demo.answers import Answer
 from orchestrator.demo.client import Run, Tally, send_all
-from orchestrator.demo.cluster import MODEL_NAME, Cluster, running_cluster
+from orchestrator.demo.cluster import MAX_MIGRATIONS, MODEL_NAME, Cluster, running_cluster
 from orchestrator.demo.options import small_model
 from orchestrator.demo.warmup import warm_up
+from orchestrator.demo.workload import PlannedRequest
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.dispatch import Rule
 from orchestrator.runtime import checks
@@ -46,6 +50,11 @@ MAX_MODEL_LEN = 2_048
 ROUNDS, DURATION_S, RATE_PER_S = 4, 60.0, 3.0
 QUICK_ROUNDS, QUICK_DURATION_S = 1, 20.0
 MAX_IN_FLIGHT = 512
+OVERLOAD = 1.5
+"""Times the rate of the first part."""
+URGENT_SHARE = 0.1
+TOLD = "with priorities"
+URGENCIES = ("without priorities", TOLD)
 IDLE_S = 60.0
 POLL_S = 0.2
 
@@ -90,6 +99,18 @@ class Measured:
         ]
 
 
+@dataclass(slots=True)
+class Urgent:
+    """Of one arm under overload."""
+
+    urgent: Measured = field(default_factory=Measured)
+    others: Measured = field(default_factory=Measured)
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     return float(np.percentile(values, share)) if values else float("nan")
 
@@ -110,6 +131,7 @@ def config() -> ServeConfig:
         gateways=1,
         port=0,
         admin_port=0,
+        max_migrations=MAX_MIGRATIONS,
         log_level="WARNING",
     )
 
@@ -150,7 +172,36 @@ async def play(cluster: Cluster, arm: Arm, workload: Workload, seed: int, measur
     measured.num_broken_off += sum(move.outcome != "committed" for move in moves)
 
 
-async def rounds(ray: RayCluster, workload: Workload, num_rounds: int, console: Console) -> dict[str, Measured]:
+async def play_urgent(cluster: Cluster, name: str, workload: Workload, seed: int, measured: Urgent) -> None:
+    """One plan under overload; a tenth of it is urgent, which is told to the fleet in one arm only."""
+    await cluster.replace_orchestrator(rebalance=True)
+    await settled(cluster)
+    plan, urgent = with_urgent(workload.plan(seed), seed, told=name == TOLD)
+    run = f"{name.replace(' ', '-')}{seed}-{time.time_ns() // 1_000_000:x}"
+    answers = await send_all(
+        plan, Run(run, cluster.base_url, cluster.model, run, MAX_IN_FLIGHT, float("inf")), Tally(len(plan))
+    )
+    measured.urgent.add([answer for answer in answers if answer.index in urgent])
+    measured.others.add([answer for answer in answers if answer.index not in urgent])
+
+
+def with_urgent(
+    plan: tuple[PlannedRequest, ...], seed: int, *, told: bool
+) -> tuple[tuple[PlannedRequest, ...], frozenset[int]]:
+    """(the plan, which of it are urgent): the same ones for each arm."""
+    rng = Random(seed)
+    urgent = frozenset(request.index for request in plan if rng.random() < URGENT_SHARE)
+    marked = (
+        dataclasses.replace(request, priority="high") if told and request.index in urgent else request
+        for request in plan
+    )
+    return tuple(marked), urgent
+
+
+async def rounds(
+    ray: RayCluster, workload: Workload, num_rounds: int, console: Console, urgent: dict[str, Urgent]
+) -> dict[str, Measured]:
+    """`urgent` is filled in."""
     found = {arm.name: Measured() for arm in ARMS}
     async with running_cluster(ray, config(), console) as cluster:
         await warm_up(cluster.base_url, cluster.model, f"warm{time.time_ns() // 1_000_000:x}", console)
@@ -161,6 +212,14 @@ async def rounds(ray: RayCluster, workload: Workload, num_rounds: int, console: 
                 p99_s, preempted = found[arm.name].p99_ttft_s[-1], found[arm.name].num_preemptions
                 told = f"{arm.name}: P99 TTFT {p99_s:.2f} s, {preempted} preempted so far"
                 console.print(f"round {number + 1} of {num_rounds}, {told}", highlight=False)
+        overloaded = dataclasses.replace(workload, requests_per_s=workload.requests_per_s * OVERLOAD)
+        for number in range(num_rounds):
+            for turn in range(2):
+                name = URGENCIES[(number + turn) % 2]
+                measured = urgent[name]
+                await play_urgent(cluster, name, overloaded, seed=number + 101, measured=measured)
+                told = f"{name}: urgent {mean(measured.urgent.ttft_s):.2f} s to the first token in the mean so far"
+                console.print(f"overload, round {number + 1} of {num_rounds}, {told}", highlight=False)
     return found
 
 
@@ -168,22 +227,27 @@ def ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator > 0 else None
 
 
-def result_of(found: dict[str, Measured], num_rounds: int) -> Result:
-    off, on = found["dispatch"], found["rebalance"]
-    arms: dict[str, dict[str, Value]] = {
-        name: {
-            "requests": len(arm.ttft_s),
-            "errors": arm.num_errors,
-            "ttft_mean_s": statistics.fmean(arm.ttft_s),
-            "ttft_p99_s": percentile(arm.ttft_s, 99),
-            "tpot_mean_ms": statistics.fmean(arm.tpot_s) * 1e3,
-            "tpot_p99_ms": percentile(arm.tpot_s, 99) * 1e3,
-            "preemptions": arm.num_preemptions,
-            "moved": arm.num_moved,
-            "broken_off": arm.num_broken_off,
-        }
-        for name, arm in found.items()
+def row_of(measured: Measured) -> dict[str, Value]:
+    return {
+        "requests": len(measured.ttft_s),
+        "errors": measured.num_errors,
+        "ttft_mean_s": mean(measured.ttft_s),
+        "ttft_p99_s": percentile(measured.ttft_s, 99),
+        "tpot_mean_ms": mean(measured.tpot_s) * 1e3,
+        "tpot_p99_ms": percentile(measured.tpot_s, 99) * 1e3,
+        "preemptions": measured.num_preemptions,
+        "moved": measured.num_moved,
+        "broken_off": measured.num_broken_off,
     }
+
+
+def result_of(found: dict[str, Measured], urgent: dict[str, Urgent], num_rounds: int) -> Result:
+    off, on = found["dispatch"], found["rebalance"]
+    untold, told = (urgent[name] for name in URGENCIES)
+    arms = {name: row_of(arm) for name, arm in found.items()}
+    for name, arm in urgent.items():
+        arms |= {f"overload {name}: urgent": row_of(arm.urgent), f"overload {name}: others": row_of(arm.others)}
+    normal_before_s, normal_after_s = (percentile(arm.others.ttft_s, 99) for arm in (untold, told))
     return Result(
         name="policy_live",
         command=" ".join(["python", "-m", "bench.policy_live", *sys.argv[1:]]),
@@ -192,10 +256,14 @@ def result_of(found: dict[str, Measured], num_rounds: int) -> Result:
             "p99_ttft_gain_rebalance": ratio(percentile(off.ttft_s, 99), percentile(on.ttft_s, 99)),
             "preemptions_on": on.num_preemptions,
             "preemptions_off": off.num_preemptions,
+            "high_ttft_gain": ratio(mean(untold.urgent.ttft_s), mean(told.urgent.ttft_s)),
+            "high_tpot_gain": ratio(mean(untold.urgent.tpot_s), mean(told.urgent.tpot_s)),
+            "normal_p99_ttft_cost": normal_after_s / normal_before_s - 1 if normal_before_s > 0 else None,
         },
         arms=arms,
         n={"rounds": num_rounds, "requests_an_arm": len(on.ttft_s) + on.num_errors},
-        spread={f"p99_ttft_s_{name}": spread_of(arm.p99_ttft_s) for name, arm in found.items()},
+        spread={f"p99_ttft_s_{name}": spread_of(arm.p99_ttft_s) for name, arm in found.items()}
+        | {f"urgent_ttft_s_{name}": spread_of(arm.urgent.ttft_s) for name, arm in urgent.items()},
         machine=this_machine(),
     )
 
@@ -225,11 +293,12 @@ def main() -> int:
         parser.error("--rounds and --rate must be positive")
     workload = Workload(options.rate, QUICK_DURATION_S if options.quick else DURATION_S)
     console = Console() if sys.stdout.isatty() else Console(width=160)
+    urgent = {name: Urgent() for name in URGENCIES}
     ray: RayCluster | None = None
     try:
         checks.parse_engine_argv((config().model, *config().engine_argv))
         ray = RayCluster.start_local(NUM_INSTANCES)
-        found = asyncio.run(rounds(ray, workload, num_rounds, console))
+        found = asyncio.run(rounds(ray, workload, num_rounds, console, urgent))
     except OrchestratorError as error:
         sys.stderr.write(f"bench.policy_live: {error}\n")
         return 1
@@ -238,12 +307,13 @@ def main() -> int:
     finally:
         if ray is not None:
             ray.shutdown()
-    result = result_of(found, num_rounds)
+    result = result_of(found, urgent, num_rounds)
     show(result, console)
     if options.json:
         write_result(options.json, result)
         console.print(f"result: {options.json}")
-    return 0 if all(arm.num_errors == 0 for arm in found.values()) else 1
+    groups = [*found.values(), *(group for arm in urgent.values() for group in (arm.urgent, arm.others))]
+    return 0 if all(group.num_errors == 0 for group in groups) else 1
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ async def _send_one(client: httpx.AsyncClient, request: PlannedRequest, run: Run
     sent_s = time.monotonic()
     stream = _Stream()
     headers = {"x-request-id": run.request_id(request.index)}
+    if request.priority:
+        headers["x-kvferry-priority"] = request.priority
     try:
         async with client.stream(
             "POST", PATHS[request.endpoint], json=request_body(request, run), headers=headers

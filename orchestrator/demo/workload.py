@@ -46,6 +46,8 @@ class PlannedRequest:
     """0 with `ignores_eos`: the answer has exactly `max_tokens` tokens."""
     ignores_eos: bool
     sampling: Sampling
+    priority: str = ""
+    """What its `x-kvferry-priority` header says; empty: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
