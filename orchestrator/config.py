@@ -204,6 +204,8 @@ def serve_config(
     if in_file:
         raise ConfigError(f"{file}: unknown setting {sorted(in_file)[0]!r}")
     merged.setdefault("model", "")
+    if flags.get("admin_token_file"):
+        merged.pop("admin_token", None)  # a flag beats a variable, as for the commands
     config = ServeConfig(**merged, engine_argv=(*(str(argument) for argument in file_argv), *engine_argv))
     if not config.priority_keys:
         return config

@@ -264,7 +264,8 @@ class Orchestrator:
         record = self._instances.get(event.instance)
         if record is None:
             return [Answer(event.token, view.no_such_instance(event.instance, self._instances))]
-        if record.state is not State.DRAINING:
+        still_refuses = record.load is not None and record.load.state == State.DRAINING.value
+        if record.state is not State.DRAINING and not still_refuses:
             refusal = Refused(RefusalKind.PRECONDITION, f"{event.instance} is not draining, it is {record.state.value}")
             return [Answer(event.token, refusal)]
         if self._scaling.is_stopping(record.instance):

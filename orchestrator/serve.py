@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -106,11 +105,12 @@ class _Foreground:
         finally:
             starting.cancel()
             stopping.cancel()
-            with suppress(asyncio.CancelledError, StartUpError):
-                await starting
-            if composition is not None:
-                await dismantle(self._cluster, composition)
-            self._cluster.kill_all()
+            await asyncio.wait([starting])  # its failure is raised above, or not of interest any more
+            try:
+                if composition is not None:
+                    await dismantle(self._cluster, composition)
+            finally:
+                self._cluster.kill_all()
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._is_stopping:

@@ -44,8 +44,8 @@ class Guard(grpc.aio.ServerInterceptor):
             return None  # UNIMPLEMENTED
         if not self._may(handler_call_details):
             return _denied(handler)
-        if handler.request_streaming:
-            return handler  # reflection: its own library's
+        if handler.request_streaming or handler_call_details.method.startswith(OPEN_TO_ALL):
+            return handler  # reflection and health: their own libraries'
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(handler.unary_stream), _lenient(handler), handler.response_serializer

@@ -71,7 +71,7 @@ class KvferryHeaders:
         classes: dict[str, Targets] = getattr(scope["app"].state, "slo_classes", {})
         try:
             # A context of its own: uvicorn runs each request in its own task.
-            asked_priority.set(rules.asked(request_headers, classes))
+            asked_priority.set(rules.asked(request_headers))
             asks = asks_of(request_headers, classes)
         except BadPriority as error:
             await _bad_priority(error)(scope, receive, send_with_headers)

@@ -11,7 +11,7 @@ The level of an API key is also the most urgent that its requests may be: who as
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.policy.levels import DEFAULT_LEVELS, MAX_PRIORITY, BadLevel, Levels, parse_levels
@@ -54,19 +54,19 @@ class PriorityRules:
     key_classes: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Digest of an API key -> priority of its class."""
 
-    def asked(self, headers: Mapping[str, str], objectives: Container[str] = ()) -> Asked:
-        """`headers`: by lower-case name, as latin-1 (HTTP's own). `objectives`: what the alias may name beside levels,
-        such as a class of targets. Raises BadPriority."""
-        return Asked(self._header(headers, objectives), self._key_class(headers))
+    def asked(self, headers: Mapping[str, str]) -> Asked:
+        """`headers`: by lower-case name, as latin-1 (HTTP's own). An objective of llm-d that is no level is passed
+        over: it may be a class of targets, or mean something to others. Raises BadPriority."""
+        return Asked(self._header(headers), self._key_class(headers))
 
-    def _header(self, headers: Mapping[str, str], objectives: Container[str]) -> int | None:
+    def _header(self, headers: Mapping[str, str]) -> int | None:
         for name in HEADERS:
             text = headers.get(name)
             if text is not None:
                 try:
                     return self.levels.priority(text)
                 except BadLevel as error:
-                    if name == ALIAS and text in objectives:
+                    if name == ALIAS:
                         continue
                     raise BadPriority(name, str(error)) from error
         return None

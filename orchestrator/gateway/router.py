@@ -71,8 +71,7 @@ class Router:
 
     def why_nobody_serves(self, now_s: float) -> str | None:
         """None: at least one instance serves and has said so lately."""
-        choice = self._book.choose(0, now_s)
-        return choice.reason if isinstance(choice, NoChoice) else None
+        return self._book.why_nobody(now_s)
 
     @property
     def num_requests(self) -> int:
@@ -256,11 +255,13 @@ class Router:
 
     def _retry_waiting(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = []
-        num_tried = 0
+        num_tried, timeout_s = 0, self._params.dispatch_timeout_s
         for request_id in sorted(self._waiting, key=self._rank):
             flight = self._flights[request_id]
-            if now_s - flight.unplaced_since_s > patience_s(flight.request.asks, self._params.dispatch_timeout_s):
-                effects += self._fail(request_id, gave_up(flight, self.why_nobody_serves(now_s), now_s))
+            waited_s, patience = now_s - flight.unplaced_since_s, patience_s(flight.request.asks, timeout_s)
+            nobody = self.why_nobody_serves(now_s) if waited_s > min(timeout_s, patience) else None
+            if nobody is not None or waited_s > patience:
+                effects += self._fail(request_id, gave_up(flight, nobody, now_s))
             elif num_tried < self._params.max_retries_per_tick:
                 num_tried += 1
                 flight.refused_by.clear()
@@ -318,6 +319,7 @@ class Router:
             return self._fail(flight.wire_id, Failure(FailureKind.INSTANCE_LOST, message))
         self._drop(flight.wire_id)
         self.counts.redispatched += 1
+        flight.refused_by.clear()  # that was then
         flight.attempt += 1
         flight.wire_id = RequestId(f"{flight.request.request_id}~{flight.attempt}")
         self._flights[flight.wire_id] = flight

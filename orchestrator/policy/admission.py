@@ -20,6 +20,9 @@ from orchestrator.policy.targets import NO_TARGETS, Targets
 
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 60.0
+MAX_PATIENCE_S = 60.0
+"""A request waits at the gateway no longer, whatever its target: there it takes the place of others, and each retry
+costs."""
 
 
 class OnOverload(Enum):
@@ -106,7 +109,7 @@ def patience_s(asks: Asks, timeout_s: float) -> float:
         return timeout_s
     if asks.on_overload is OnOverload.REJECT:
         return min(timeout_s, asks.targets.ttft_s)
-    return max(timeout_s, asks.targets.ttft_s)
+    return max(timeout_s, min(asks.targets.ttft_s, MAX_PATIENCE_S))
 
 
 def passed(asks: Asks, waited_s: float) -> Reject | None:

@@ -253,6 +253,12 @@ class DispatchBook:
         self._last_row = int(later[0] if len(later) else possible[0])
         return self._last_row
 
+    def why_nobody(self, now_s: float) -> str | None:
+        """None: somebody serves and has said so lately. Only looks: no turn is taken."""
+        self._forget_late(now_s)
+        self._columns.expire(now_s)
+        return None if self._columns.num_usable else self._nobody(now_s).reason
+
     def _nobody(self, now_s: float) -> NoChoice:
         view = self.view(now_s)
         num_serving = sum(seen.report.state == State.SERVING.value for seen in view.instances)

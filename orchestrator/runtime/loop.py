@@ -97,6 +97,7 @@ class OrchestratorLoop:
         self._journal = journal
         self._keeper = InstanceKeeper(launcher or NoLauncher(), self.handle)
         self._tasks: asyncio.TaskGroup | None = None
+        self._is_over = False
         self._stopping = asyncio.Event()
         self._tokens = count(1)
         self._callers: dict[Token, asyncio.Future[Result]] = {}
@@ -118,7 +119,7 @@ class OrchestratorLoop:
         except* _Stopped:
             pass
         finally:
-            self._tasks = None
+            self._tasks, self._is_over = None, True
             for caller in self._callers.values():
                 caller.cancel()
 
@@ -137,7 +138,10 @@ class OrchestratorLoop:
         return self._core.policy()
 
     async def ask(self, make: Callable[[Token], Event]) -> Result:
-        """Put a command to the core and wait for its answer; a cancelled caller is forgotten there, too."""
+        """Put a command to the core and wait for its answer; a cancelled caller is forgotten there, too. Raises
+        CancelledError once the loop is over: nothing would carry it out."""
+        if self._is_over:
+            raise asyncio.CancelledError
         token = Token(next(self._tokens))
         caller: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._callers[token] = caller

@@ -152,7 +152,7 @@ class RayCluster:
     # ------------------------------------------------------------------ making and ending actors
     def make_instance(self, spec: InstanceSpec, resources: Resources) -> str:
         """Create the actor of one instance; returns its name at once, before anything has been loaded."""
-        from instance.actor import InstanceActor  # noqa: PLC0415 - heavy, and only the starting process needs it
+        from instance.actor import InstanceActor  # noqa: PLC0415 - heavy, and few processes need it
 
         name = instance_actor_name(spec.instance, spec.epoch)
         return self._make(InstanceActor, name, {"max_concurrency": INSTANCE_CONCURRENCY, **resources.options()})
@@ -213,8 +213,12 @@ class RayCluster:
             return
 
     def kill_all(self) -> None:
-        """End every process this connection has made or called, and every instance, at once."""
-        for actor_name in {*self._handles, *self.instance_actors()}:
+        """End every process this connection has made or called at once, and the instances its orchestrator has started.
+
+        In a cluster that was joined another kvferry may serve: without an orchestrator of ours, its instances are not.
+        """
+        started = self.instance_actors() if ORCHESTRATOR_ACTOR in self._handles else []
+        for actor_name in {*self._handles, *started}:
             self.kill(actor_name)
 
     def instance_actors(self) -> list[str]:

@@ -248,6 +248,9 @@ async def test_health_and_reflection_answer_a_client_that_has_no_proto(world: Wo
     for service in ("", SERVICE):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=service))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
     reflection = reflection_pb2_grpc.ServerReflectionStub(world.channel)
     asks = [reflection_pb2.ServerReflectionRequest(list_services="")]
     asks.append(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))

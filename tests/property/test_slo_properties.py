@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from instance.messages import LoadReport, StepTotals
 from migration.types import Epoch, InstanceId
-from orchestrator.policy.admission import Admit, Asks, OnOverload, Queue, Reason, Reject, admit, patience_s
+from orchestrator.policy.admission import (
+    MAX_PATIENCE_S,
+    Admit,
+    Asks,
+    OnOverload,
+    Queue,
+    Reason,
+    Reject,
+    admit,
+    patience_s,
+)
 from orchestrator.policy.dispatch import Choice, DispatchBook, NoChoice
 from orchestrator.policy.slo import Pace, Predicted, SloParams, Wanted
 from orchestrator.policy.targets import Targets
@@ -154,6 +164,6 @@ def test_a_target_lengthens_the_patience_of_who_queues_and_shortens_that_of_who_
     if wants.targets.ttft_s is None:
         assert patience == timeout_s
     elif wants.on_overload is OnOverload.QUEUE:
-        assert patience == max(timeout_s, wants.targets.ttft_s)
+        assert patience == max(timeout_s, min(wants.targets.ttft_s, MAX_PATIENCE_S))
     else:
         assert patience == min(timeout_s, wants.targets.ttft_s)

@@ -54,7 +54,11 @@ def test_a_request_may_be_less_urgent_than_its_keys_class_but_not_more(
     assert RULES.asked(headers).priority(in_body) == priority
 
 
-@pytest.mark.parametrize("header", ["x-kvferry-priority", "x-llm-d-inference-objective"])
+def test_an_objective_of_llm_d_that_is_no_level_is_passed_over() -> None:
+    assert RULES.asked({"x-llm-d-inference-objective": "of another server"}).priority(4) == 4
+
+
+@pytest.mark.parametrize("header", ["x-kvferry-priority"])
 def test_a_header_that_is_no_priority_is_named(header: str) -> None:
     with pytest.raises(BadPriority, match="'urgent' is no priority") as caught:
         RULES.asked({header: "urgent"} | VIP)

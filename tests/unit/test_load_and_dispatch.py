@@ -89,6 +89,16 @@ def test_an_instance_that_has_just_come_gets_a_part_of_its_share_at_first() -> N
     assert chosen(it, now_s=24.0) == "new", "30 blocks against four tenths of 90"
 
 
+def test_looking_who_serves_takes_no_turn() -> None:
+    it = book(report("a"), report("b"), params=DispatchParams(rule=Rule.ROUND_ROBIN))
+    turns = []
+    for _ in range(4):
+        assert it.why_nobody(0.0) is None
+        turns.append(chosen(it))
+    assert turns == ["a", "b", "a", "b"]
+    assert it.why_nobody(3.1) == "no instance has reported lately"
+
+
 def test_what_a_choice_goes_by_can_change_while_it_serves() -> None:
     it = book(report("a"), report("b", free_blocks=50))
     it.on_dispatched(InstanceId("a"), 10, 0.0)

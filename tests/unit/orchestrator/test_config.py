@@ -136,6 +136,10 @@ def test_the_admin_api_is_open_to_other_machines_only_with_a_token(tmp_path: Pat
     file.write_text(f"{TOKEN}\n")
     by_file = serve_config({"model": "m", "admin_host": "0.0.0.0", "admin_token_file": str(file)}, {}, None, ())
     assert server_access(by_file).token == TOKEN
+    both = serve_config(
+        {"model": "m", "admin_token_file": str(file)}, {"KVFERRY_ADMIN_TOKEN": "of-the-environment"}, None, ()
+    )
+    assert server_access(both).token == TOKEN, "a flag beats a variable"
     assert TOKEN not in repr(open_to_all) + repr(server_access(by_file)), "secrets are not shown"
 
 

@@ -240,6 +240,20 @@ def test_an_instance_that_does_not_carry_out_the_drain_serves_on() -> None:
     assert play.core.snapshot(play.now_s).instances[0].state is State.SERVING
 
 
+def test_one_that_still_refuses_after_its_drain_was_ended_can_be_undrained_again() -> None:
+    play = Play()
+    play.on(DrainRequested(CALLER, A, wait=False))
+    play.on(DrainingSet(A, Epoch(1), True))
+    play.on(UndrainRequested(Token(2), A))
+    play.on(DrainingSet(A, Epoch(1), False, "no answer"))
+    play.reports(A, state="draining")
+    effects = play.on(UndrainRequested(Token(3), A))
+    assert isinstance(answer(effects, Token(3)), Undrained)
+    assert [effect.draining for effect in effects if isinstance(effect, SetDraining)] == [False]
+    play.reports(A)
+    assert refusal(play.on(UndrainRequested(CALLER, A))).kind is RefusalKind.PRECONDITION
+
+
 def test_the_loss_of_a_draining_instance_answers_its_waiters() -> None:
     play = Play()
     play.on(DrainRequested(CALLER, A, wait=True))
