@@ -54,7 +54,7 @@ async def test_the_neighbour_of_a_stream_that_is_raised_moves_away_and_both_say_
     crowded = max(set(owners.values()), key=list(owners.values()).count)
     raised, *neighbours = [name for name, owner in owners.items() if owner == crowded]
     assert neighbours, "three streams on two instances"
-    done = await asyncio.to_thread(serving.command, "priority", raised, "high")
+    done = await asyncio.to_thread(serving.command, "priority", f"cmpl-{raised}", "high")
     assert done.status == 0 and f"normal (0) -> high (-10) on {crowded}" in done.out, done
     for name in neighbours:
         await owners_of(serving, name, lambda found: set(found.values()).isdisjoint({crowded}))
