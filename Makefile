@@ -45,9 +45,9 @@ check: setup ## ruff, mypy --strict, import contracts, fast tests, generated fil
 	$(PYTHON) -m tools.proto --check
 	$(if $(wildcard tools/diagrams.py),$(PYTHON) -m tools.diagrams --check)
 
-test-all: setup ## every test that needs no GPU, the long ones too
-	$(PYTEST) -n 2 -m "$(FAST_MARKS)" $(FAST_TESTS)
-	$(PYTEST) -m "(engine or integration or e2e or long) and not gpu" tests || [ $$? -eq 5 ]
+test-all: setup ## every test that needs no GPU, the long ones too, with new random examples
+	$(PYTEST) -n 2 --hypothesis-profile=explore -m "$(FAST_MARKS)" $(FAST_TESTS)
+	$(PYTEST) --hypothesis-profile=explore -m "(engine or integration or e2e or long) and not gpu" tests || [ $$? -eq 5 ]
 	$(PYTHON) -m bench.exactness --quick
 
 golden: setup ## write the golden traces anew; review them as a diff

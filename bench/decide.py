@@ -4,34 +4,39 @@
 
 *Dispatch*: one `DispatchBook.choose` and the accounting after it, at a gateway that 16 to 1,024 instances report to,
 100 requests running on each. Each instance's report is taken in ten times a second of the story, between choices.
+Beside each choice an empty loop that takes about as long is timed (*null*).
+*Prefixes*: the same for prompts of 1,024 blocks, whose beginnings an eighth of the fleet has, to some length each,
+and the taking in of what an instance's cache has changed in a quarter of a second.
 *Rebalance*: one `plan_rebalance` over views of as many instances and requests, half of them short of memory.
+*Attain*: one `plan_attain` over the same, every second request with a target, some of which every instance misses.
 
 Pure code of production, in this process, nothing else: no wire, no clock of its own. Times are of this machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import random
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import replace
 
+import msgspec
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from bench.report import Result, Value, spread_of, this_machine, write_result
+from bench.report import Value, spread_of
+from bench.sheet import options_of, result_of, show, table_of
 from instance.lifecycle import State
-from instance.messages import LoadReport, RequestLoad
+from instance.messages import ALL_CACHED, HASH_BYTES, CachedBlocks, LoadReport, RequestLoad
 from migration.types import Epoch, InstanceId
+from orchestrator.policy.attain import plan_attain
 from orchestrator.policy.dispatch import Choice, DispatchBook
 from orchestrator.policy.moves import InstanceView
 from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
+from orchestrator.policy.standing import standing_of
+from orchestrator.policy.targets import tightest_of
 
 SIZES = (16, 64, 256, 1_024)
 REQUESTS_EACH = 100
@@ -40,7 +45,23 @@ TOTAL_BLOCKS = 8_192
 CHOICES, QUICK_CHOICES = 5_000, 500
 TICKS, QUICK_TICKS = 20, 3
 SEED = 7
-COLUMNS = ("instances", "requests", "dispatch p50", "p99", "report p99", "book MiB", "tick p50", "worst", "moves")
+NULL_TURNS = 2_500
+"""Of an empty loop that takes about as long as a choice: its p99 is what the machine makes of something that always
+takes the same."""
+PROMPT_BLOCKS = 1_024
+PROMPTS = 4
+"""That many requests begin with."""
+ONE_IN = 8
+"""Instances have the beginning of one of these."""
+NEWS_BLOCKS = 64
+"""New in a cache in a quarter of a second (4,096 tokens a second), and as many gone."""
+PREFIX_COLUMNS = ("instances", "hashes", "dispatch p50", "p99", "news p99", "worst", "index MiB")
+COLUMNS = (
+    "instances", "requests", "dispatch p50", "p99", "null p50", "p99", "report p99", "book MiB",
+    "tick p50", "worst", "moves", "attain p50", "worst", "moves",
+)  # fmt: skip
+SPEED = (8e-3, 3e-5, 2e-5, 2e-5, 1e-7, 3e-9)
+"""Of every instance: the proportions of policy/steptime.py."""
 
 
 def load(rng: random.Random, number: int, step: int, num_seen: int = 0) -> LoadReport:
@@ -69,8 +90,8 @@ def load(rng: random.Random, number: int, step: int, num_seen: int = 0) -> LoadR
     )
 
 
-def time_dispatch(num_instances: int, num_choices: int) -> tuple[list[float], list[float], float]:
-    """(milliseconds of each choice, of each report, MiB of the book)."""
+def time_dispatch(num_instances: int, num_choices: int) -> tuple[list[float], list[float], list[float], float]:
+    """(milliseconds of each choice, of each report, of each null loop, MiB of the book)."""
     rng = random.Random(SEED)
     tracemalloc.start()
     book = DispatchBook()
@@ -80,7 +101,7 @@ def time_dispatch(num_instances: int, num_choices: int) -> tuple[list[float], li
     size_mib = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
     sent = dict.fromkeys(range(num_instances), 0)
-    choices_ms, reports_ms = [], []
+    choices_ms, reports_ms, nulls_ms = [], [], []
     for turn in range(num_choices):
         now_s = turn * 0.1 / num_instances
         demand = rng.randint(1, 200)
@@ -95,7 +116,53 @@ def time_dispatch(num_instances: int, num_choices: int) -> tuple[list[float], li
         begun = time.perf_counter_ns()
         book.on_report(told, now_s)
         reports_ms.append((time.perf_counter_ns() - begun) / 1e6)
-    return choices_ms, reports_ms, size_mib
+        begun = time.perf_counter_ns()
+        for _ in range(NULL_TURNS):
+            pass
+        nulls_ms.append((time.perf_counter_ns() - begun) / 1e6)
+    return choices_ms, reports_ms, nulls_ms, size_mib
+
+
+def hashes_of(rng: random.Random, num_blocks: int) -> bytes:
+    return rng.randbytes(HASH_BYTES * num_blocks)
+
+
+def time_prefixes(num_instances: int, num_choices: int) -> tuple[list[float], list[float], int, float]:
+    """(milliseconds of each choice, of each piece of news, hashes in the index, its MiB)."""
+    rng = random.Random(SEED)
+    reports = [load(rng, number, 0) for number in range(num_instances)]
+    book = DispatchBook()
+    book.set_members([(InstanceId(told.instance), Epoch(1)) for told in reports])
+    for told in reports:
+        book.on_report(told, 0.0)
+    prompts = [hashes_of(rng, PROMPT_BLOCKS) for _ in range(PROMPTS)]
+    prefixes = [tuple(np.frombuffer(prompt, dtype=">u8").tolist()) for prompt in prompts]
+    tracemalloc.start()
+    caches: list[bytes] = []
+    for number, told in enumerate(reports):
+        lengths = [rng.randint(1, PROMPT_BLOCKS) if (number + turn) % ONE_IN == 0 else 0 for turn in range(PROMPTS)]
+        held = b"".join(prompt[: HASH_BYTES * length] for prompt, length in zip(prompts, lengths, strict=True))
+        caches.append(hashes_of(rng, NEWS_BLOCKS))
+        book.on_cached(CachedBlocks(told.instance, 1, 16, ALL_CACHED, 0, held + caches[-1]))
+    num_hashes = book.prefixes.num_hashes
+    size_mib = tracemalloc.get_traced_memory()[0] / 2**20
+    tracemalloc.stop()
+    choices_ms, news_ms = [], []
+    for turn in range(num_choices):
+        begun = time.perf_counter_ns()
+        choice = book.choose(PROMPT_BLOCKS + 1, 0.0, prefix=prefixes[turn % PROMPTS])
+        assert isinstance(choice, Choice)
+        sequence = book.on_dispatched(choice.instance, PROMPT_BLOCKS + 1, 0.0)
+        choices_ms.append((time.perf_counter_ns() - begun) / 1e6)
+        book.on_not_taken(choice.instance, choice.epoch, sequence)  # so that the fleet does not fill up
+        number, number_of_news = turn % num_instances, turn // num_instances
+        fresh, begin = hashes_of(rng, NEWS_BLOCKS), number_of_news * NEWS_BLOCKS
+        news = CachedBlocks(reports[number].instance, 1, 16, begin, begin + NEWS_BLOCKS, fresh, caches[number])
+        caches[number] = fresh
+        begun = time.perf_counter_ns()
+        book.on_cached(news)
+        news_ms.append((time.perf_counter_ns() - begun) / 1e6)
+    return choices_ms, news_ms, num_hashes, size_mib
 
 
 def views_of(num_instances: int) -> tuple[InstanceView, ...]:
@@ -126,6 +193,32 @@ def time_rebalance(num_instances: int, num_ticks: int) -> tuple[list[float], int
     return ticks_ms, num_moves
 
 
+def wanting(views: tuple[InstanceView, ...]) -> tuple[InstanceView, ...]:
+    """Every second request wants a token every so often: within 0.7 to 2 times of what its instance is predicted."""
+    rng = random.Random(SEED)
+    found = []
+    for view in views:
+        step_s = standing_of(view.load, SPEED).tpot_s()
+        requests = tuple(
+            msgspec.structs.replace(one, tpot_s=step_s * rng.choice((0.7, 0.9, 1.0, 1.2, 2.0))) if at % 2 else one
+            for at, one in enumerate(view.requests)
+        )
+        found.append(replace(view, requests=requests, tightest=tightest_of(requests)))
+    return tuple(found)
+
+
+def time_attain(num_instances: int, num_ticks: int) -> tuple[list[float], int]:
+    """(milliseconds of each tick, moves of a tick)."""
+    views, params = wanting(views_of(num_instances)), RebalanceParams()
+    ticks_ms, num_moves = [], 0
+    for _ in range(num_ticks):
+        begun = time.perf_counter_ns()
+        moves = plan_attain(views, {view.instance: SPEED for view in views}, Resting(), params)
+        ticks_ms.append((time.perf_counter_ns() - begun) / 1e6)
+        num_moves = len(moves)
+    return ticks_ms, num_moves
+
+
 def percentile(values: list[float], share: float) -> float:
     return float(np.percentile(values, share))
 
@@ -141,57 +234,70 @@ def without_collection(work: Callable[[], None]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.decide", description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CHOICES} choices and {QUICK_TICKS} ticks a size")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args()
+    options = options_of("decide", __doc__, f"{QUICK_CHOICES} choices and {QUICK_TICKS} ticks a size")
     num_choices, num_ticks = (QUICK_CHOICES, QUICK_TICKS) if options.quick else (CHOICES, TICKS)
-    table = Table(title="Milliseconds of a decision", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
+    table = table_of("Milliseconds of a decision", COLUMNS)
+    prefix_table = table_of("Milliseconds, with prompts of 1,024 blocks that are cached in part", PREFIX_COLUMNS)
     arms: dict[str, dict[str, Value]] = {}
     spread: dict[str, dict[str, float | int | None]] = {}
 
     def measure(size: int) -> None:
-        choices, reports, size_mib = time_dispatch(size, num_choices)
+        choices, reports, nulls, size_mib = time_dispatch(size, num_choices)
         ticks, num_moves = time_rebalance(size, num_ticks)
+        attaining, num_attained = time_attain(size, num_ticks)
         arms[str(size)] = {
             "dispatch_p50_ms": percentile(choices, 50),
             "dispatch_p99_ms": percentile(choices, 99),
+            "null_p50_ms": percentile(nulls, 50),
+            "null_p99_ms": percentile(nulls, 99),
             "report_p99_ms": percentile(reports, 99),
             "book_mib": size_mib,
             "rebalance_p50_ms": percentile(ticks, 50),
             "rebalance_worst_ms": max(ticks),
             "moves": num_moves,
+            "attain_p50_ms": percentile(attaining, 50),
+            "attain_worst_ms": max(attaining),
+            "attain_moves": num_attained,
         }
         spread[f"dispatch_ms_{size}"] = spread_of(choices)
         spread[f"rebalance_ms_{size}"] = spread_of(ticks)
+        spread[f"attain_ms_{size}"] = spread_of(attaining)
         figures = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in arms[str(size)].values()]
         table.add_row(f"{size:,}", f"{size * REQUESTS_EACH:,}", *figures)
 
+    def measure_prefixes(size: int) -> None:
+        choices, news, num_hashes, size_mib = time_prefixes(size, num_choices)
+        figures: dict[str, Value] = {
+            "hashes": num_hashes,
+            "dispatch_p50_ms": percentile(choices, 50),
+            "dispatch_p99_ms": percentile(choices, 99),
+            "news_p99_ms": percentile(news, 99),
+            "news_worst_ms": max(news),
+            "index_mib": size_mib,
+        }
+        arms[f"prefixes_{size}"] = figures
+        spread[f"dispatch_prefixes_ms_{size}"] = spread_of(choices)
+        texts = [f"{value:.3f}" if isinstance(value, float) else f"{value:,}" for value in figures.values()]
+        prefix_table.add_row(f"{size:,}", *texts)
+
     for size in SIZES:
         without_collection(lambda size=size: measure(size))  # type: ignore[misc]
+        without_collection(lambda size=size: measure_prefixes(size))  # type: ignore[misc]
     largest = arms[str(SIZES[-1])]
-    result = Result(
-        name="decide",
-        command=" ".join(["python", "-m", "bench.decide", *sys.argv[1:]]),
-        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    result = result_of(
+        "decide",
         figures={
             "dispatch_p99_ms_1024": float(largest["dispatch_p99_ms"] or 0.0),
+            "null_p99_ms_1024": float(largest["null_p99_ms"] or 0.0),
             "rebalance_ms_1024": float(largest["rebalance_worst_ms"] or 0.0),
+            "dispatch_prefixes_p99_ms_1024": float(arms[f"prefixes_{SIZES[-1]}"]["dispatch_p99_ms"] or 0.0),
+            "attain_ms_1024": float(largest["attain_worst_ms"] or 0.0),
         },
         arms=arms,
         n={"choices": num_choices, "ticks": num_ticks},
         spread=spread,
-        machine=this_machine(),
     )
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(table)
-    for name, value in result.figures.items():
-        console.print(f"{name} {value:.4g}", highlight=False)
-    if options.json:
-        write_result(options.json, result)
-        console.print(f"result: {options.json}")
+    show((table, prefix_table), result, options.json)
     return 0
 
 

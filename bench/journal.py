@@ -10,7 +10,6 @@ A *checkpoint* is the state of the core: the loop takes a snapshot when a part i
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -18,14 +17,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
-from bench.report import Result, Value, spread_of, this_machine, write_result
+from bench.report import Value, spread_of
+from bench.sheet import options_of, result_of, show, table_of
 from instance.messages import LoadReport, RequestLoad, RequestReport
 from instance.report import REPORT_INTERVAL_S, REQUEST_REPORT_INTERVAL_S
 from migration.types import Epoch, Incarnation, InstanceId, Outcome
@@ -56,6 +53,10 @@ TICK_S = 0.5
 CHECKPOINTS = 5
 SEED = 7
 HOUR_S = 3600.0
+COLUMNS = (
+    *("requests", "load report", "full", "request report", "full"),
+    *("MB an hour", "us in the loop", "replay"),
+)
 
 
 class Instance:
@@ -220,23 +221,9 @@ def mean(values: list[int]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.journal", description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STORY_S:.0f} s of the story")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args()
+    options = options_of("journal", __doc__, f"{QUICK_STORY_S:.0f} s of the story")
     length_s = QUICK_STORY_S if options.quick else STORY_S
-    table = Table(title=f"Bytes of a journal, {NUM_INSTANCES} instances", title_justify="left")
-    for column in (
-        "requests",
-        "load report",
-        "full",
-        "request report",
-        "full",
-        "MB an hour",
-        "us in the loop",
-        "replay",
-    ):
-        table.add_column(column, justify="right")
+    table = table_of(f"Bytes of a journal, {NUM_INSTANCES} instances", COLUMNS)
     arms: dict[str, dict[str, Value]] = {}
     spread: dict[str, dict[str, float | int | None]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -261,10 +248,8 @@ def main() -> int:
         took_ms, state_bytes = checkpoint_ms(LARGE)
     spread["checkpoint_ms"] = spread_of(took_ms)
     busy = arms[f"{NUM_INSTANCES * BATCH} requests"]
-    result = Result(
-        name="journal",
-        command=" ".join(["python", "-m", "bench.journal", *sys.argv[1:]]),
-        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    result = result_of(
+        "journal",
         figures={
             "journal_mb_per_hour": float(busy["mb_per_hour"] or 0.0),
             "journal_load_report_bytes": float(busy["load_report_bytes"] or 0.0),
@@ -275,15 +260,8 @@ def main() -> int:
         arms=arms,
         n={"story_s": int(length_s), "checkpoints": CHECKPOINTS},
         spread=spread,
-        machine=this_machine(),
     )
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(table)
-    for name, value in result.figures.items():
-        console.print(f"{name} {value:.4g}", highlight=False)
-    if options.json:
-        write_result(options.json, result)
-        console.print(f"result: {options.json}")
+    show((table,), result, options.json)
     return 0
 
 

@@ -150,13 +150,8 @@ async def measure(ray: RayCluster, config: ServeConfig, num_rounds: int, console
     return rounds
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.priority_effect", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    options = parser.parse_args()
-    num_rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+def run(quick: bool, console: Console) -> tuple[list[Round], int]:
+    """The rounds, and how many of them the journal explains. With a Ray of its own."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
         config = dataclasses.replace(
@@ -167,10 +162,19 @@ def main() -> int:
         )
         ray = start_ray(config, console)
         try:
-            rounds = asyncio.run(measure(ray, config, num_rounds, console))
+            rounds = asyncio.run(measure(ray, config, QUICK_ROUNDS if quick else ROUNDS, console))
         finally:
             ray.shutdown()
-        num_explained = explained(journal)
+        return rounds, explained(journal)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.priority_effect", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    rounds, num_explained = run(options.quick, console)
     spread = {
         field.name: spread_of([getattr(one, field.name) for one in rounds]) for field in dataclasses.fields(Round)
     }

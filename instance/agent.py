@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from instance.cached import CACHED_INTERVAL_S, CachedBook
 from instance.errors import EngineFailed
 from instance.lifecycle import State, follow
 from instance.loop import EngineLoop, StepDone
@@ -32,13 +33,16 @@ from instance.report import Standing, Subscribers, add_step, load_report, smooth
 from instance.spec import InstanceSpec, MigrationSummary
 from instance.stream import StreamTable, Tombstones
 from instance.types import (
+    NO_WISHES,
     EngineFacts,
     EngineRefusal,
     PriorityAnswer,
     PriorityOutcome,
     RequestView,
     Submission,
+    Wishes,
 )
+from instance.waiting_room import WaitingRoom
 from migration import wire
 from migration.driver import IncomingReport, IncomingTable
 from migration.errors import MalformedMessage
@@ -78,9 +82,11 @@ class Agent:
         self._streams = StreamTable()
         self._tombstones = Tombstones()
         self._subscribers = Subscribers()
+        self._cached = CachedBook(spec.instance, spec.epoch, facts.block_size)
         self._step_time_s = 0.0
         self._steps = NO_STEPS
         self._num_adding = 0
+        self._room = WaitingRoom(spec.max_waiting)
         self._fenced: dict[str, int] = {}
         self.counts = AgentCounts()
         self._outgoing = Outgoing(self._own, loop, self._streams, mailbox, spec.max_migrations_out, self._is_fenced)
@@ -111,6 +117,7 @@ class Agent:
             group.create_task(self._receive(), name="receive")
             group.create_task(self._report_load(), name="report-load")
             group.create_task(self._report_requests(), name="report-requests")
+            group.create_task(self._report_cached(), name="report-cached")
 
     async def close(self) -> None:
         """End every migration: what may have been committed is waited for, for STOP_GRACE_S at most."""
@@ -211,6 +218,7 @@ class Agent:
             case Subscribe():
                 now_s = self._loop.now_s()
                 self._subscribers.subscribe(message.address, message.lease_s, message.with_requests, now_s)
+                self._cached.subscribe(message.address, message.cached_from)
                 self._publish_load()
             case MigrationEnvelope():
                 self._migration_message(message)
@@ -227,17 +235,12 @@ class Agent:
             self._answer(submit, refusal)
             return
         submission = Submission(
-            request_id=request_id,
-            external_id=submit.external_id,
-            priority=submit.priority,
-            num_prompt_tokens=submit.num_prompt_tokens,
-            max_tokens=submit.max_tokens,
-            payload=submit.payload,
+            request_id, submit.external_id, submit.priority, submit.num_prompt_tokens, submit.max_tokens, submit.payload
         )
         # Open before the engine knows it: its first tokens must find their stream.
-        self._streams.open(request_id, submit.gateway_address, 0, self._loop.now_s())
+        self._streams.open(request_id, submit.gateway_address, 0, self._loop.now_s(), _wishes_of(submit))
         self._num_adding += 1
-        added = self._loop.call(lambda engine: engine.add(submission))
+        added = self._loop.call(lambda engine: self._room.add(engine, submission, self._loop.load))
         added.add_done_callback(lambda future: self._added(submit, future))
 
     def _why_not(self, submit: Submit) -> EngineRefusal | None:
@@ -248,8 +251,9 @@ class Agent:
             return EngineRefusal("its client has left", final=True)
         if reason := self._why_closed():
             return EngineRefusal(reason, final=False)
-        if self._loop.load.num_waiting + self._num_adding >= self._spec.max_waiting:
-            return EngineRefusal(f"{self._spec.max_waiting} requests wait here", final=False)
+        # Not their sum: one that was added just now may still count as being added.
+        if max(self._loop.load.num_waiting, self._num_adding) >= self._spec.max_waiting:
+            return self._room.refusal
         return None
 
     def _added(self, submit: Submit, added: asyncio.Future[EngineRefusal | None]) -> None:
@@ -349,7 +353,17 @@ class Agent:
                 for address in addresses:
                     self._mailbox.send(address, report)
 
+    async def _report_cached(self) -> None:
+        while True:
+            await asyncio.sleep(CACHED_INTERVAL_S)
+            self._cached.keep(self._subscribers.addresses())
+            if self._cached.is_wanted:
+                self._cached.note(await self._loop.call(lambda engine: engine.take_cached_changes()))
+                for address, message in self._cached.take_due():
+                    self._mailbox.send(address, message)
+
     def _request_load(self, view: RequestView, now_s: float) -> RequestLoad:
+        wishes = self._streams.wishes(view.request_id) or NO_WISHES
         return RequestLoad(
             request_id=view.request_id,
             external_id=view.external_id,
@@ -361,6 +375,9 @@ class Agent:
             num_blocks=view.num_blocks,
             arrived_s=self._streams.age_s(view.request_id, now_s),
             movable=view.movable,
+            ttft_s=wishes.ttft_s,
+            tpot_s=wishes.tpot_s,
+            waited_s=wishes.waited_s,
         )
 
     # ---- state
@@ -371,3 +388,9 @@ class Agent:
         self._state = follow(self._state, state)
         self._subscribers.make_all_due(self._loop.now_s())
         self._publish_load()
+
+
+def _wishes_of(submit: Submit) -> Wishes | None:
+    if submit.ttft_s is None and submit.tpot_s is None:
+        return None
+    return Wishes(submit.ttft_s, submit.tpot_s, submit.waited_s)

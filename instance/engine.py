@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from instance.types import (
+    CachedChanges,
     CommittedRequest,
     EngineFacts,
     EngineLoad,
@@ -62,6 +63,12 @@ class Engine(Protocol):
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix. False: not possible now (blocks are in use)."""
+
+    def take_cached_changes(self) -> CachedChanges | None:
+        """What the prefix cache has gained and lost since the last call; the first call is told all that it holds.
+
+        None: nothing has changed, or this engine never tells. Costs nothing before the first call.
+        """
 
     # ---- source
     def describe(self, request_id: RequestId) -> Description | Refusal | None: ...

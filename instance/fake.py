@@ -16,6 +16,7 @@ from instance.fake_blocks import FakeStore, block_hashes, num_blocks_for
 from instance.fake_model import FakeMove, FakeRequest, FakeState, decode_fake, fake_compatibility, first_generator
 from instance.fake_scheduler import FakeConfig, FakeScheduler, Sequence
 from instance.types import (
+    CachedChanges,
     CommittedRequest,
     EngineFacts,
     EngineLoad,
@@ -167,6 +168,9 @@ class FakeEngine:
     def reset_prefix_cache(self) -> bool:
         self._pool.reset_cache()
         return True
+
+    def take_cached_changes(self) -> CachedChanges | None:
+        return self._pool.take_cached_changes() if self._config.prefix_cache else None
 
     # ---- source
     def describe(self, request_id: RequestId) -> Description | Refusal | None:

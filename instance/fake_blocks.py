@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instance.cached import CacheNotes
 from instance.fake_model import WORD_BYTES, Words, mix
+from instance.messages import HASH_BYTES
+from instance.types import CachedChanges
 from migration.transports.store import KVLayout
 from migration.types import BlockTable
 
@@ -40,6 +43,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
         self._hash_of: dict[int, int] = {}
         self._by_hash: dict[int, int] = {}
+        self._notes = CacheNotes()
 
     @property
     def num_blocks(self) -> int:
@@ -59,6 +63,7 @@ class BlockPool:
             digest = self._hash_of.pop(block, None)
             if digest is not None:
                 del self._by_hash[digest]
+                self._notes.note(_short(digest), False)
         self.words[blocks] = POISON
         return blocks
 
@@ -107,10 +112,16 @@ class BlockPool:
         if digest not in self._by_hash and block not in self._hash_of:
             self._by_hash[digest] = block
             self._hash_of[block] = digest
+            self._notes.note(_short(digest), True)
 
     def reset_cache(self) -> None:
         self._by_hash.clear()
         self._hash_of.clear()
+        self._notes.void()
+
+    def take_cached_changes(self) -> CachedChanges | None:
+        """See `Engine.take_cached_changes`."""
+        return self._notes.take(lambda: map(_short, self._by_hash))
 
     def check_integrity(self, held: Sequence[Sequence[int]]) -> None:
         """`held`: every table that holds references. Raises AssertionError unless they explain every count."""
@@ -122,6 +133,10 @@ class BlockPool:
         assert all((count == 0) == (block in self._free) for block, count in enumerate(counts)), "free list"
         assert len(self._free) + sum(count > 0 for count in counts) == self.num_blocks
         assert all(self._hash_of[block] == digest for digest, block in self._by_hash.items())
+
+
+def _short(digest: int) -> bytes:
+    return digest.to_bytes(HASH_BYTES, "big")
 
 
 class FakeStore:

@@ -14,6 +14,10 @@ import msgspec
 MAX_MESSAGE_BYTES = 64 << 20
 """Nothing larger is decoded: a prompt of a million tokens is about 5 MB."""
 
+MAX_SPAN_S = 1e6
+Span = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_SPAN_S)]
+"""Seconds between two events of one request; a message with another number is not decoded."""
+
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Gateway -> instance: run this request and send its tokens to `gateway_address`."""
@@ -31,6 +35,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     max_tokens: int
     payload: bytes
     """The engine's own encoding of the request (`instance.vllm.codec`)."""
+    ttft_s: Span | None = None
+    """Target: from its arrival at the gateway to its first token. None: it has none."""
+    tpot_s: Span | None = None
+    """Target: mean time of each further token."""
+    waited_s: Span = 0.0
+    """Since its arrival at the gateway, when this was sent. Only told with targets."""
 
 
 class SubmitAnswer(msgspec.Struct, frozen=True, tag=True):
@@ -58,6 +68,36 @@ class Subscribe(msgspec.Struct, frozen=True, tag=True):
     lease_s: Annotated[float, msgspec.Meta(ge=0.0)]
     with_requests: bool = False
     """True: also send `RequestReport`s."""
+    cached_from: int | None = None
+    """Also send `CachedBlocks`: the subscriber knows all changes before this one; ALL_CACHED: it knows nothing.
+    None: it wants none."""
+
+
+ALL_CACHED = -1
+
+
+class CachedBlocks(msgspec.Struct, frozen=True, tag=True):
+    """Instance -> subscriber: which full KV blocks can be found in its prefix cache now, by hash; what has changed.
+
+    An instance counts the changes of its cache from 0. Where `begin` is ALL_CACHED, `added` is all that is cached (the
+    latest, as many as one message holds) and replaces what was known. Otherwise the message has the state after change
+    `end` of every hash that changes `begin` to `end` touched: for who knows all before `begin`, or more of them. Who
+    knows more than all before `end` has nothing to learn from it: it is late.
+    """
+
+    instance: str
+    epoch: int
+    block_size: int
+    """Tokens of a block that is hashed."""
+    begin: int
+    end: int
+    """Changes counted in this message, half open: the next one's `begin`."""
+    added: bytes
+    """HASH_BYTES each: the last bytes of vLLM's block hash, which chains over the whole prefix."""
+    removed: bytes = b""
+
+
+HASH_BYTES = 8
 
 
 class OutputEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -109,7 +149,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """Steps the engine has run; a higher one is newer."""
     state: str
     """`instance.lifecycle.State` value."""
-    block_size: int
+    block_size: Annotated[int, msgspec.Meta(ge=1)]
     total_blocks: int
     free_blocks: int
     """Free or only cached: can be given to a request at once. Reserved blocks are not free."""
@@ -165,6 +205,12 @@ class RequestLoad(msgspec.Struct, frozen=True, array_like=True):
     """Seconds since it arrived at this instance."""
     movable: bool
     """False: it cannot be migrated (now or ever)."""
+    ttft_s: float | None = None
+    """Its targets, as in `Submit`."""
+    tpot_s: float | None = None
+    waited_s: float = 0.0
+    """Since its arrival at the gateway, when it came to this instance: with `arrived_s` all its life. It does not
+    change here, so that a journal says it once. Only told with targets."""
 
 
 class RequestReport(msgspec.Struct, frozen=True, tag=True):
@@ -213,6 +259,7 @@ FleetMessage = (
     | LoadReport
     | Frame
     | RequestReport
+    | CachedBlocks
     | OwnerChanged
     | PriorityChanged
     | MigrationEnvelope

@@ -15,7 +15,7 @@ from instance.mailbox import Mailbox
 from instance.messages import Abort, MigrationEnvelope, OwnerChanged
 from instance.spec import MigrationSummary
 from instance.stream import StreamTable, Tombstones
-from instance.types import CommittedRequest
+from instance.types import CommittedRequest, Wishes
 from migration import wire
 from migration.driver import SourceDriver
 from migration.errors import ChannelClosed, EngineFault
@@ -43,11 +43,24 @@ RESERVE_SLACK_BLOCKS = 2
 """Room for what the source decodes while the stages are copied, asked for at once to save a round of `Grow`."""
 
 
-class MovedPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an agent sends as a description's payload: the engine's own, and where the tokens go."""
+class MovedPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an agent sends as a description's payload: the engine's own, and where the tokens go. What is not there is
+    not written, so that those who do not know of it can take in what has none."""
 
     gateway_address: str
     engine_payload: bytes
+    wishes: Wishes | None = None
+    """Of its speed; `waited_s` to the moment of the description."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """What an agent must know of a request on its way here, beside what its engine knows."""
+
+    gateway: str
+    wishes: Wishes | None
+    described_s: float
+    """When its description came, by the clock here: its copy takes a while."""
 
 
 class InboxChannel:
@@ -100,7 +113,10 @@ class SourceAdapter:
         gateway = self._streams.gateway(request_id)
         if gateway is None:
             return None  # It ended on the way here.
-        payload = msgspec.msgpack.encode(MovedPayload(gateway, described.payload))
+        wishes = self._streams.wishes(request_id)
+        if wishes is not None:
+            wishes = wishes.after(self._streams.age_s(request_id, self._loop.now_s()))
+        payload = msgspec.msgpack.encode(MovedPayload(gateway, described.payload, wishes))
         return dataclasses.replace(described, payload=payload)
 
     async def progress(self, request_id: RequestId) -> Progress | None:
@@ -139,13 +155,14 @@ class DestinationAdapter:
         self._tombstones = tombstones
         self._mailbox = mailbox
         self._why_closed = why_closed
-        self._gateways: dict[MigrationId, str] = {}
+        self._coming: dict[MigrationId, _Coming] = {}
 
     async def reserve(self, migration_id: MigrationId, description: Description) -> Reservation | Refusal:
         if reason := self._why_closed():
             return Refusal(reason)
         if description.request_id in self._tombstones:
             return Refusal("its client has left")
+        described_s = self._loop.now_s()
         try:
             moved = msgspec.msgpack.decode(description.payload, type=MovedPayload)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -155,7 +172,7 @@ class DestinationAdapter:
             self._loop.call(lambda engine: engine.reserve(migration_id, inner, RESERVE_SLACK_BLOCKS))
         )
         if isinstance(reserved, Reservation):
-            self._gateways[migration_id] = moved.gateway_address
+            self._coming[migration_id] = _Coming(moved.gateway_address, moved.wishes, described_s)
         return reserved
 
     async def grow(self, migration_id: MigrationId, num_tokens: int) -> Reservation | Refusal:
@@ -171,19 +188,19 @@ class DestinationAdapter:
             await asyncio.sleep(READY_POLL_S)
 
     async def commit(self, migration_id: MigrationId, state: bytes) -> Refusal | None:
-        gateway = self._gateways.pop(migration_id, None)
-        if gateway is None:
+        coming = self._coming.pop(migration_id, None)
+        if coming is None:
             return Refusal("no such reservation")
 
         def go_on(committed: CommittedRequest | Refusal) -> None:
             if isinstance(committed, CommittedRequest):
-                self._take_over(committed, gateway)
+                self._take_over(committed, coming)
 
         committed = await _visit(self._loop.call(lambda engine: engine.commit(migration_id, state), then=go_on))
         return committed if isinstance(committed, Refusal) else None
 
     async def cancel(self, migration_id: MigrationId) -> None:
-        self._gateways.pop(migration_id, None)
+        self._coming.pop(migration_id, None)
         await _visit(self._loop.call(lambda engine: engine.cancel(migration_id)))
 
     async def abort(self, request_id: RequestId) -> None:
@@ -192,15 +209,17 @@ class DestinationAdapter:
 
     def check_integrity(self) -> None:
         """At rest no reservation is remembered."""
-        assert not self._gateways, f"gateways of ended migrations: {self._gateways}"
+        assert not self._coming, f"requests of ended migrations: {self._coming}"
 
-    def _take_over(self, committed: CommittedRequest, gateway: str) -> None:
+    def _take_over(self, committed: CommittedRequest, coming: _Coming) -> None:
         if committed.request_id in self._tombstones:
             # The abort came while the commit was under way, so the engine's abort stands right behind it in the queue.
             return
-        self._streams.open(committed.request_id, gateway, committed.num_output_tokens, self._loop.now_s())
-        changed = OwnerChanged(committed.request_id, self._own.instance, self._own.epoch, committed.num_output_tokens)
-        self._mailbox.send(gateway, changed)
+        now_s, offset = self._loop.now_s(), committed.num_output_tokens
+        wishes = None if coming.wishes is None else coming.wishes.after(now_s - coming.described_s)
+        self._streams.open(committed.request_id, coming.gateway, offset, now_s, wishes)
+        changed = OwnerChanged(committed.request_id, self._own.instance, self._own.epoch, offset)
+        self._mailbox.send(coming.gateway, changed)
 
 
 @dataclass(frozen=True, slots=True)

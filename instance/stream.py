@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from instance.messages import OutputEntry
-from instance.types import EngineOutput
+from instance.types import EngineOutput, Wishes
 from migration.types import RequestId
 
 MAX_TOMBSTONES = 4096
@@ -18,6 +18,7 @@ class _Stream:
     gateway: str
     next_offset: int
     opened_s: float
+    wishes: Wishes | None
 
 
 class StreamTable:
@@ -32,9 +33,12 @@ class StreamTable:
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._streams
 
-    def open(self, request_id: RequestId, gateway: str, offset: int, now_s: float) -> None:
-        """Start (or, after a hand-over, go on with) a stream: its next token has this offset."""
-        self._streams[request_id] = _Stream(gateway, offset, now_s)
+    def open(
+        self, request_id: RequestId, gateway: str, offset: int, now_s: float, wishes: Wishes | None = None
+    ) -> None:
+        """Start (or, after a hand-over, go on with) a stream: its next token has this offset. `wishes`: of its request,
+        as it comes."""
+        self._streams[request_id] = _Stream(gateway, offset, now_s, wishes)
 
     def close(self, request_id: RequestId) -> None:
         """Nothing more is emitted for it. Unknown ids are ignored."""
@@ -52,6 +56,11 @@ class StreamTable:
         """Between whole milliseconds, so that all grow by the same from report to report: a journal says it once."""
         stream = self._streams.get(request_id)
         return 0.0 if stream is None else (round(now_s * 1000) - round(stream.opened_s * 1000)) / 1000
+
+    def wishes(self, request_id: RequestId) -> Wishes | None:
+        """As they were when it came; None: it has none."""
+        stream = self._streams.get(request_id)
+        return None if stream is None else stream.wishes
 
     def entries(self, outputs: Iterable[EngineOutput]) -> dict[str, tuple[OutputEntry, ...]]:
         """One step's outputs by gateway, in the order of the outputs. A finish closes its stream; an output without a

@@ -50,6 +50,25 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request wants of its speed. Kept beside its stream: engines know nothing of it."""
+
+    ttft_s: float | None
+    """From its arrival at the gateway to its first token; None: it does not care."""
+    tpot_s: float | None
+    """Mean time of each further token."""
+    waited_s: float
+    """Since its arrival at the gateway, when it came here."""
+
+    def after(self, seconds: float) -> Wishes:
+        """The same, when it has waited so much longer."""
+        return Wishes(self.ttft_s, self.tpot_s, self.waited_s + max(0.0, seconds))
+
+
+NO_WISHES = Wishes(None, None, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRefusal:
     reason: str
     final: bool
@@ -134,6 +153,16 @@ class RequestView:
     max_tokens: int
     num_blocks: int
     movable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CachedChanges:
+    """What has changed in an engine's prefix cache, in order."""
+
+    changes: tuple[tuple[bytes, bool], ...]
+    """(hash of a full block, as `messages.CachedBlocks` has it; whether a block can be found by it now)."""
+    is_anew: bool = False
+    """What was told before is void: `changes` are all that is cached."""
 
 
 class PriorityOutcome(Enum):

@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 from typer.models import OptionInfo
 
-from orchestrator import cli_admin, cli_scale, config
+from orchestrator import cli_admin, cli_priorities, cli_scale, config
 from orchestrator.cli_client import Admin, before_the_command, connect
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.policy.levels import DEFAULT_LEVELS
@@ -343,6 +343,7 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter a flag
 
 
 cli_admin.add_to(app)
+cli_priorities.add_to(app)
 app.command()(cli_scale.scale)
 
 

@@ -8,11 +8,16 @@ import typer
 
 from orchestrator.cli_client import Admin, connect
 
+MAX_INSTANCES = 2**31 - 1
+"""What the admin API can hold; how many there may be is its to say."""
+
 
 def scale(  # noqa: PLR0913, PLR0917 - one parameter a flag
-    target: Annotated[int | None, typer.Argument(metavar="N", help="Instances there shall be.")] = None,
-    fewest: Annotated[int | None, typer.Option("--min", help="No target is below.")] = None,
-    most: Annotated[int | None, typer.Option("--max", help="No target is above.")] = None,
+    target: Annotated[
+        int | None, typer.Argument(min=1, max=MAX_INSTANCES, metavar="N", help="Instances there shall be.")
+    ] = None,
+    fewest: Annotated[int | None, typer.Option("--min", min=1, max=MAX_INSTANCES, help="No target is below.")] = None,
+    most: Annotated[int | None, typer.Option("--max", min=1, max=MAX_INSTANCES, help="No target is above.")] = None,
     automatic: Annotated[
         bool | None, typer.Option("--auto/--no-auto", help="Let the target follow the load.", show_default=False)
     ] = None,

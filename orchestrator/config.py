@@ -18,10 +18,11 @@ from instance.spec import Carrier
 from orchestrator import config_scaling
 from orchestrator.access import ClientAccess, ServerAccess, is_loopback
 from orchestrator.errors import ConfigError
-from orchestrator.gateway.priorities import key_digest
+from orchestrator.gateway.priorities import digest_in, key_digest
 from orchestrator.policy.dispatch import Rule
 from orchestrator.policy.levels import DEFAULT_LEVELS, BadLevel, Levels, parse_levels
 from orchestrator.policy.targets import parse_classes
+from orchestrator.priority_classes import MAX_KEYS
 
 PREFIX = "KVFERRY_"
 MIN_TOKEN_CHARS = 16
@@ -311,8 +312,10 @@ def _read_keys(path: Path, levels: Levels) -> tuple[tuple[str, int], ...]:
         where = f"--priority-keys: {path}, entry {number}"
         if not isinstance(key, str) or not key:
             raise ConfigError(f"{where}: the key must be text, in quotes where it looks like a number")
-        digest = key.removeprefix(DIGEST_PREFIX).lower() if key.startswith(DIGEST_PREFIX) else key_digest(key.encode())
-        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        digest = (
+            digest_in(key.removeprefix(DIGEST_PREFIX)) if key.startswith(DIGEST_PREFIX) else key_digest(key.encode())
+        )
+        if digest is None:
             raise ConfigError(f"{where}: {DIGEST_PREFIX} must be followed by 64 hexadecimal digits")
         if digest in found:
             raise ConfigError(f"{where}: the same key is there twice")
@@ -321,6 +324,8 @@ def _read_keys(path: Path, levels: Levels) -> tuple[tuple[str, int], ...]:
         except BadLevel:  # not in its words: they repeat the value, and the two sides of a line are easily swapped
             names = ", ".join(one.name for one in levels.levels)
             raise ConfigError(f"{where}: its level must be one of {names}, or a whole number") from None
+    if len(found) > MAX_KEYS:
+        raise ConfigError(f"--priority-keys: {path} has {len(found)} keys, {MAX_KEYS} are the most there can be")
     return tuple(sorted(found.items()))
 
 

@@ -12,7 +12,8 @@ from typing import assert_never
 
 from instance.lifecycle import State
 from migration.types import Epoch, InstanceId, Outcome, RequestId
-from orchestrator import view
+from orchestrator import integrity, priority_classes, view
+from orchestrator.attaining import Attaining
 from orchestrator.cancelling import Cancellations
 from orchestrator.effects import (
     Answer,
@@ -39,6 +40,8 @@ from orchestrator.events import (
     InstanceLost,
     InstanceStarted,
     InstanceStartFailed,
+    KeyClassRequested,
+    LevelRequested,
     MigrateRequested,
     MigrationEnded,
     MigrationNumber,
@@ -56,7 +59,7 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.policy.drain import plan_drain
-from orchestrator.policy.moves import InstanceView, Move, smooth_copy_time
+from orchestrator.policy.moves import InstanceView, Move
 from orchestrator.policy.rebalance import Resting, plan_rebalance
 from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
@@ -85,6 +88,7 @@ class Orchestrator:
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._pair_rests: RestingPlace[tuple[InstanceId, InstanceId]] = RestingPlace(params.max_resting)
         self._scaling = Scaling(params.scaling, params.max_instances)
+        self._attaining = Attaining()
 
     def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911, PLR0912 - one case an event
         """Take one event in. Raises LimitExceeded, and changes nothing, when there are too many processes."""
@@ -120,13 +124,16 @@ class Orchestrator:
             case CancelRequested() | RequestCancelled() | CancelMigrationRequested() | MigrationWithdrawn():
                 return self._cancellations.on(event, self._instances, self._in_flight, self._history)
             case PolicyUpdateRequested():
-                answer, self._params = self._tuning.on(event, self._params)
-                return [answer]
+                before, (answer, self._params) = self._params, self._tuning.on(event, self._params)
+                is_known = self._params.dispatch == before.dispatch
+                return [answer] if is_known else [answer, self._update_members("the policy has changed")]
             case PriorityRequested():
                 return self._reprioritising.on_requested(event, self._instances)
             case PriorityAnswered():
-                moves = [*self._history, *self._in_flight.values()]
-                return self._reprioritising.on_answered(event, self._instances, moves)
+                known = [*self._history, *self._in_flight.values()]
+                return self._reprioritising.on_answered(event, self._instances, known)
+            case KeyClassRequested() | LevelRequested():
+                return self._on_priorities_requested(event)
             case WaiterGone():
                 return self._on_waiter_gone(event)
             case _:
@@ -142,6 +149,10 @@ class Orchestrator:
     def policy(self) -> Policy:
         """The parameters by which it decides now."""
         return self._tuning.policy(self._params)
+
+    def priorities(self) -> priority_classes.Priorities:
+        """The levels, and the classes of API keys."""
+        return priority_classes.priorities(self._params)
 
     # ------------------------------------------------------------------ who is there
     def _on_instance_started(self, event: InstanceStarted, now_s: float) -> list[Effect]:
@@ -178,8 +189,7 @@ class Orchestrator:
         record.load, record.requests = None, ()
         self._stopped.append(record)
         lost = Refused(RefusalKind.OVERTAKEN, f"{record.instance} was lost: {event.reason}")
-        peers = tuple(sorted(self._instances))
-        fence = FenceInstance(record.instance, record.epoch, peers, event.reason)
+        fence = FenceInstance(record.instance, record.epoch, tuple(sorted(self._instances)), event.reason)
         return [fence, *self._answer_drain_waiters(record.instance, lost)]
 
     def _on_gateway_started(self, event: GatewayStarted) -> list[Effect]:
@@ -187,7 +197,8 @@ class Orchestrator:
             raise LimitExceeded(f"{self._params.max_gateways} gateways are there already (max_gateways)")
         record = GatewayRecord(event.gateway, event.actor_name, event.url, event.process_id)
         self._gateways[event.gateway] = record
-        return [self._update_members(f"{event.gateway} started")]
+        reason = f"{event.gateway} started"
+        return [priority_classes.told(self._params, reason), self._update_members(reason)]
 
     def _on_gateway_lost(self, event: GatewayLost) -> list[Effect]:
         record = self._gateways.get(event.gateway)
@@ -198,7 +209,17 @@ class Orchestrator:
 
     def _update_members(self, reason: str) -> UpdateMembers:
         instances, gateways = list(self._instances.values()), list(self._gateways.values())
+        self._attaining.set_members(instances)
         return view.members(instances, gateways, self._params, reason)
+
+    def _on_priorities_requested(self, event: KeyClassRequested | LevelRequested) -> list[Effect]:
+        before = self._params
+        effects, self._params = priority_classes.change_priorities(event, before)
+        if self._params.levels == before.levels:
+            return effects
+        self._reprioritising.levels = self._params.levels
+        self._scaling.set_load(self._params.levels.load_params)
+        return [*effects[:-1], self._update_members("the levels have changed"), effects[-1]]
 
     # ------------------------------------------------------------------ what they say
     def _on_report(self, event: ReportReceived, now_s: float) -> list[Effect]:
@@ -207,13 +228,14 @@ class Orchestrator:
         if record is None or (record.load is not None and report.step < record.load.step):
             return []
         record.load, record.load_at_s = report, now_s
+        self._attaining.on_report(report)
         return self._check_drained(record)
 
     def _on_requests(self, event: RequestsReceived, now_s: float) -> list[Effect]:
         record = self._current(InstanceId(event.report.instance), Epoch(event.report.epoch))
         if record is None:
             return []
-        record.requests, record.requests_at_s = event.report.requests, now_s
+        record.take_requests(event.report.requests, now_s)
         return self._check_drained(record)
 
     def _current(self, instance: InstanceId, epoch: Epoch) -> InstanceRecord | None:
@@ -310,12 +332,13 @@ class Orchestrator:
         for place in (self._request_rests, self._drain_rests):
             place.forget_rested(now_s)
         self._pair_rests.forget_rested(now_s)
-        drained = plan_drain(self._views(now_s), self._drain_rests.names(), self._params.drain)
-        effects: list[Effect] = [self._start(move, None, "live", now_s) for move in drained]
+        views = self._views(now_s)
+        effects = self._start_all(plan_drain(views, self._drain_rests.names(), self._params.drain), now_s)
         if self._params.is_rebalancing:
-            resting = Resting(self._request_rests.names(), self._pair_rests.names())
-            moves = plan_rebalance(self._views(now_s), resting, self._params.rebalance)
-            effects += [self._start(move, None, "live", now_s) for move in moves]
+            resting, params = Resting(self._request_rests.names(), self._pair_rests.names()), self._params.rebalance
+            for plan in (plan_rebalance, self._attaining.moves):
+                views = self._views(now_s) if effects else views  # what was begun counts as made
+                effects += self._start_all(plan(views, resting, params), now_s)
         if self._scaling.is_active:
             drains = Drains(self._instances, self._begin_drain, self._end_drain)
             effects += self._scaling.tick(self._views(now_s), drains, now_s)
@@ -329,6 +352,9 @@ class Orchestrator:
         if isinstance(found, Refused):
             return [Answer(event.token, found)]
         return [self._start(found, event.token, event.mode, now_s)]
+
+    def _start_all(self, moves: tuple[Move, ...], now_s: float) -> list[Effect]:
+        return [self._start(move, None, "live", now_s) for move in moves]
 
     def _start(self, move: Move, token: Token | None, mode: str, now_s: float) -> StartMigration:
         self._num_migrations += 1
@@ -346,14 +372,13 @@ class Orchestrator:
             return []
         ended = view.ended(record, event, now_s)
         self._history.append(ended)
-        if event.outcome is Outcome.COMMITTED:
-            self._learn_copy_time(record.source.instance, event)
-        rest = self._params.rebalance
+        if event.outcome is Outcome.COMMITTED and record.source.instance in self._instances:
+            self._instances[record.source.instance].learn_copy_time(event.figures)
         self._drain_rests.rest(record.request_id, now_s + self._params.drain.retry_s)
-        self._request_rests.rest(record.request_id, now_s + rest.rest_s)
+        self._request_rests.rest(record.request_id, now_s + self._params.rebalance.rest_s)
         if event.outcome is not Outcome.COMMITTED:
             pair = (record.source.instance, record.destination.instance)
-            self._pair_rests.rest(pair, now_s + rest.pair_rest_s)
+            self._pair_rests.rest(pair, now_s + self._params.rebalance.pair_rest_s)
         effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []
         effects += self._cancellations.on_migration_ended(ended)
         effects += self._reprioritising.on_migration_ended(ended, self._instances)
@@ -362,34 +387,14 @@ class Orchestrator:
                 effects += self._check_drained(self._instances[instance])
         return effects
 
-    def _learn_copy_time(self, source: InstanceId, event: MigrationEnded) -> None:
-        record, figures = self._instances.get(source), event.figures
-        if record is not None:
-            num_blocks = figures.copied_blocks + figures.tail_blocks
-            record.copy_s_per_block = smooth_copy_time(record.copy_s_per_block, num_blocks, figures.duration_s)
-
     # ------------------------------------------------------------------ tests
     def check_integrity(self) -> None:
         """Raise AssertionError when two of its records contradict each other or a bound is passed."""
         params = self._tuning.started_with  # what was begun under a higher bound than today's goes on
+        integrity.check_records(self._instances, self._gateways, self._in_flight, self._history, params)
+        integrity.check_waiters(self._drain_waiters, self._instances, params)
         self._cancellations.check_integrity(self._in_flight)
-        assert len(self._instances) <= params.max_instances
-        assert len(self._gateways) <= params.max_gateways
-        assert len(self._drain_waiters) <= params.max_waiters
-        assert set(self._drain_waiters.values()) <= self._instances.keys(), "a waiter of no instance"
         self._reprioritising.check_integrity(self._in_flight.values())
-        moving = [record.request_id for record in self._in_flight.values()]
-        assert len(moving) == len(set(moving)), "a request moves twice at once"
-        assert all(record.outcome is None for record in self._in_flight.values())
-        assert all(record.outcome is not None for record in self._history)
         self._scaling.check_integrity(self._instances)
-        for instance, record in self._instances.items():
-            assert record.instance == instance
-            assert record.state in (State.SERVING, State.DRAINING), "an ended instance is among the living"
-            assert not record.drained or record.state is State.DRAINING
-            sends = sum(move.source == record.incarnation for move in self._in_flight.values())
-            receives = sum(move.destination == record.incarnation for move in self._in_flight.values())
-            assert sends <= params.max_migrations_out, "too many migrations out"
-            assert receives <= params.max_migrations_in, "too many migrations in"
-            for token, waited_for in self._drain_waiters.items():
-                assert waited_for != instance or record.state is State.DRAINING, f"token {token} waits for no drain"
+        priority_classes.check_integrity(self._params)
+        self._attaining.check_integrity(self._instances.values())

@@ -10,6 +10,7 @@ from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.errors import RefusalKind
 from orchestrator.events import ChangeNumber, MigrationNumber, PolicyValue, Token
 from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.levels import Level, Levels
 from orchestrator.state import CoreParams, MigrationRecord, ScalingSnapshot
 
 
@@ -65,6 +66,16 @@ class UpdateMembers:
     num_gateways: int
     """That dispatch to them: each reckons with what the others send between two reports."""
     dispatch: DispatchParams
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePriorities:
+    """Tell every gateway the levels, and the classes of API keys; before it hears who is there."""
+
+    levels: Levels
+    key_classes: tuple[tuple[str, int], ...]
+    """(SHA-256 of an API key in hexadecimal, priority of its class)"""
     reason: str
 
 
@@ -217,6 +228,30 @@ class Reprioritised:
     """What follows from it, in words."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeyClassSet:
+    """The class an API key had and has now (or would); None: none."""
+
+    key_sha256: str
+    previous: int | None
+    priority: int | None
+    change: str
+    """Both by level, such as `key sha256:0a1b... normal (0) -> high (-10)`."""
+    etag: str
+    validate_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LevelSet:
+    """A level as it was, and as it is now (or would be)."""
+
+    previous: Level
+    level: Level
+    change: str
+    etag: str
+    validate_only: bool
+
+
 Result = (
     Refused
     | DrainAccepted
@@ -227,6 +262,8 @@ Result = (
     | PolicyRefused
     | PolicyUpdated
     | Reprioritised
+    | KeyClassSet
+    | LevelSet
     | ScalingSet
 )
 
@@ -244,6 +281,7 @@ Effect = (
     | SetDraining
     | SetPriority
     | UpdateMembers
+    | UpdatePriorities
     | FenceInstance
     | StartInstance
     | StopInstance

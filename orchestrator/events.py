@@ -221,6 +221,35 @@ class PriorityAnswered:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyClassRequested:
+    """Give an API key another class, or none."""
+
+    token: Token
+    key_sha256: str
+    """Of the key, 64 hexadecimal digits in lower case; the key itself is nowhere."""
+    level: str | None
+    """A level's name, or a number; None: no class any more."""
+    asked_by: str
+    """As in `PriorityRequested`."""
+    etag: str = ""
+    """When given, the priorities must have it still."""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LevelRequested:
+    """Change the rank or the headroom of a level, or both; None leaves it as it is."""
+
+    token: Token
+    name: str
+    rank: int | None
+    headroom_blocks: int | None
+    asked_by: str
+    etag: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WaiterGone:
     """The caller no longer waits; its token must not be answered."""
 
@@ -249,5 +278,7 @@ Event = (
     | PolicyUpdateRequested
     | PriorityRequested
     | PriorityAnswered
+    | KeyClassRequested
+    | LevelRequested
     | WaiterGone
 )

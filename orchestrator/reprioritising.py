@@ -49,14 +49,14 @@ class Reprioritising:
     """The changes under way. Its look at instances and migrations is the core's, handed in with each event."""
 
     def __init__(self, params: CoreParams) -> None:
-        self._levels: Levels = params.levels
+        self.levels: Levels = params.levels
         self._max_changes = params.max_waiters
         self._changes: dict[ChangeNumber, _Change] = {}
         self._num_changes = 0
 
     def on_requested(self, event: PriorityRequested, instances: Mapping[InstanceId, InstanceRecord]) -> list[Effect]:
         try:
-            priority = self._levels.priority(event.level)
+            priority = self.levels.priority(event.level)
         except BadLevel as error:
             return [Answer(event.token, Refused(RefusalKind.INVALID, str(error)))]
         found = view.find_request(event.reference, instances)
@@ -70,7 +70,7 @@ class Reprioritising:
         request_id = RequestId(request.request_id)
         change = _Change(number, event.token, request_id, priority, event.asked_by, owner.incarnation)
         self._changes[number] = change
-        before, after = self._levels.shown(request.priority), self._levels.shown(priority)
+        before, after = self.levels.shown(request.priority), self.levels.shown(priority)
         return [self._ask(change, f"asked for by {event.asked_by}: {before} -> {after}")]
 
     def on_answered(
@@ -174,7 +174,7 @@ class Reprioritising:
             instance=change.owner.instance,
             previous=answer.previous,
             priority=change.priority,
-            change=f"{self._levels.shown(answer.previous)} -> {self._levels.shown(change.priority)}",
+            change=f"{self.levels.shown(answer.previous)} -> {self.levels.shown(change.priority)}",
             status="" if answer.status is None else answer.status.value,
             effect=effect,
         )
@@ -192,7 +192,7 @@ class Reprioritising:
 
     def _effect_on_headroom(self, priority: int, owner: InstanceRecord) -> str:
         """As the last report has it, with this request counted at its new priority."""
-        params = self._levels.load_params
+        params = self.levels.load_params
         headroom = params.headroom(priority)
         if not headroom or owner.load is None:
             return ""

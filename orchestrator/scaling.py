@@ -7,6 +7,7 @@ drains count as present and are left alone: a drain is no loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from instance.lifecycle import State
@@ -15,6 +16,7 @@ from orchestrator.effects import AnnounceScaling, Answer, Effect, Refused, Scali
 from orchestrator.errors import RefusalKind
 from orchestrator.events import InstanceLost, InstanceStartFailed, ScaleRequested
 from orchestrator.policy.autoscale import FleetView, Limits, Trend, choose_victim, plan_autoscale
+from orchestrator.policy.load import LoadParams
 from orchestrator.policy.moves import InstanceView
 from orchestrator.retiring import Drains, Retirements
 from orchestrator.starting import Starts
@@ -39,6 +41,10 @@ class Scaling:
         self._signal_age_s = 0.0
         self._starts = Starts(params)
         self._retirements = Retirements(params, max_instances)
+
+    def set_load(self, load: LoadParams) -> None:
+        """Reckon with these headrooms from now on."""
+        self._params = replace(self._params, autoscale=replace(self._params.autoscale, load=load))
 
     # ------------------------------------------------------------------ who comes and goes
     def why_not_taken_in(self, incarnation: Incarnation) -> list[StopInstance]:

@@ -12,7 +12,9 @@ from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
 from orchestrator.policy.levels import DEFAULT_LEVELS, Levels, parse_levels
+from orchestrator.policy.moves import smooth_copy_time
 from orchestrator.policy.rebalance import RebalanceParams
+from orchestrator.policy.targets import NOTHING_WANTED, Tightest, tightest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class CoreParams:
     """Gateways are told with their members."""
     levels: Levels = field(default_factory=lambda: parse_levels(DEFAULT_LEVELS))
     """Of priority; `rebalance.load` and `drain.load` are `levels.load_params`."""
+    key_classes: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    """Of API keys: (SHA-256 in hexadecimal, priority), by digest; gateways are told."""
     is_rebalancing: bool = True
     """False: requests move by command and by drain only."""
     max_migrations_out: int = 2
@@ -102,6 +106,8 @@ class InstanceRecord:
     load_at_s: float = 0.0
     requests: tuple[RequestLoad, ...] = ()
     requests_at_s: float = 0.0
+    tightest: Tightest = NOTHING_WANTED
+    """Targets of its requests."""
     copy_s_per_block: float = 0.0
     """What a block takes that one of its migrations copies, smoothed; 0: it has sent nothing yet."""
     draining_set_at_s: float | None = None
@@ -115,6 +121,15 @@ class InstanceRecord:
     @property
     def epoch(self) -> Epoch:
         return self.incarnation.epoch
+
+    def take_requests(self, requests: tuple[RequestLoad, ...], now_s: float) -> None:
+        """Of a report."""
+        self.requests, self.requests_at_s, self.tightest = requests, now_s, tightest_of(requests)
+
+    def learn_copy_time(self, figures: MigrationFigures) -> None:
+        """From a migration that left it and was committed."""
+        num_blocks = figures.copied_blocks + figures.tail_blocks
+        self.copy_s_per_block = smooth_copy_time(self.copy_s_per_block, num_blocks, figures.duration_s)
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from orchestrator.effects import Answer, PolicyRefused, PolicyUpdated, Refused, Violation
 from orchestrator.errors import RefusalKind
 from orchestrator.events import PolicyUpdateRequested, PolicyValue
+from orchestrator.policy.dispatch import DispatchParams
 from orchestrator.policy.drain import DrainParams
 from orchestrator.policy.rebalance import RebalanceParams
 from orchestrator.state import CoreParams
@@ -25,6 +26,9 @@ MIN_STALE_S = 0.3
 """Idle instances report every 100 ms."""
 MAX_STALE_S = 60.0
 MIN_RETRY_S = 0.05
+MAX_MARGIN = 1.0
+"""A target must be met by all of itself: no move is made for one."""
+MAX_PREFIX_WEIGHT = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,15 @@ class Policy:
 
     values: tuple[tuple[str, PolicyValue], ...]
     etag: str
+
+
+def _of_dispatch(name: str, low: float, high: float) -> Parameter:
+    """A change reaches the gateways with the members."""
+
+    def write(params: CoreParams, value: PolicyValue) -> CoreParams:
+        return replace(params, dispatch=_with(params.dispatch, name, value))
+
+    return Parameter(f"dispatch.{name}", float, low, high, lambda params: _read(params.dispatch, name), write)
 
 
 def _of_rebalance(name: str, kind: type[int] | type[float], low: float, high: float) -> Parameter:
@@ -74,10 +87,10 @@ def _of_core(
     )
 
 
-Params = TypeVar("Params", CoreParams, RebalanceParams, DrainParams)
+Params = TypeVar("Params", CoreParams, DispatchParams, RebalanceParams, DrainParams)
 
 
-def _read(params: CoreParams | RebalanceParams | DrainParams, name: str) -> PolicyValue:
+def _read(params: CoreParams | DispatchParams | RebalanceParams | DrainParams, name: str) -> PolicyValue:
     value: PolicyValue = getattr(params, name)
     return value
 
@@ -97,11 +110,18 @@ def parameters(started_with: CoreParams) -> dict[str, Parameter]:
         _of_rebalance("pair_rest_s", float, 0.0, MAX_REST_S),
         _of_rebalance("max_moves", int, 1, MAX_MOVES),
         _of_rebalance("max_destinations", int, 1, started_with.max_instances),
+        _of_rebalance("attain_margin", float, 0.0, MAX_MARGIN),
+        _of_rebalance("attain_sources", int, 1, started_with.max_instances),
+        _of_rebalance("attain_requests", int, 1, MAX_MOVES),
         _of_drain("retry_s", float, MIN_RETRY_S, MAX_REST_S),
         _of_drain("max_moves", int, 1, MAX_MOVES),
         _of_core("stale_after_s", float, MIN_STALE_S, MAX_STALE_S),
         _of_core("max_migrations_out", int, 1, started_with.max_migrations_out),
         _of_core("max_migrations_in", int, 1, started_with.max_migrations_in),
+        _of_dispatch("prefix_weight", 0.0, MAX_PREFIX_WEIGHT),
+        _of_dispatch("max_report_age_s", MIN_STALE_S, MAX_STALE_S),
+        _of_dispatch("slow_start_s", 0.0, MAX_REST_S),
+        _of_dispatch("slow_start_share", 0.0, 1.0),
     )
     return {row.path: row for row in rows}
 

@@ -36,6 +36,14 @@ def instance_views(
     """The live instances whose report is fresh, with the moves in flight counted as if they had been made. A source
     that has sent nothing yet is taken to copy as the others do."""
     moving = {record.request_id for record in in_flight}
+    sources = {record.source for record in in_flight}
+    on_the_way = {
+        item.request_id: item
+        for record in instances
+        if record.incarnation in sources
+        for item in record.requests
+        if RequestId(item.request_id) in moving
+    }
     known_s = [record.copy_s_per_block for record in instances if record.copy_s_per_block > 0]
     usual_s = statistics.median(known_s) if known_s else 0.0
     views: list[InstanceView] = []
@@ -54,6 +62,8 @@ def instance_views(
                 slots_in=max(0, params.max_migrations_in - len(joining)),
                 signal_age_s=now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
                 copy_s_per_block=record.copy_s_per_block or usual_s,
+                tightest=record.tightest,
+                arriving=tuple(on_the_way[move.request_id] for move in joining if move.request_id in on_the_way),
             )
         )
     return tuple(views)

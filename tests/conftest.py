@@ -42,9 +42,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# No test is timed: on a busy machine an example may take any time.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# No test is timed: on a busy machine an example may take any time. A change is judged by the same examples each time;
+# `make test-all` looks for new ones.
+settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

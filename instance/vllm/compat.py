@@ -202,6 +202,9 @@ _NEEDED_OF_COORDINATOR_MANAGER = (
     "block_pool",
     "max_admission_blocks_per_request",
 )
+_NEEDED_OF_BLOCK_POOL = ("cached_block_hash_to_block", "hash_block_size", "enable_caching")
+_NEEDED_OF_HASH_MAP = ("_cache", "insert", "pop")
+"""Of a BlockHashToBlockMap, which `cached.NotingMap` stands in for."""
 _MOVABLE_MANAGERS = ("FullAttentionManager", "SlidingWindowManager")
 """Kinds of KV-cache groups whose blocks stand by position and never change once full."""
 
@@ -230,6 +233,18 @@ _NEEDED_ELSEWHERE = (
     _Needed("vllm.tool_parsers", "ToolParserManager"),
     _Needed("vllm.tracing", "init_tracer"),
     _Needed("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    _Needed(
+        "vllm.v1.core.block_pool",
+        "BlockHashToBlockMap",
+        (),
+        (("insert", ("key", "block")), ("pop", ("key", "block_id"))),
+    ),
+    _Needed("vllm.v1.core.kv_cache_utils", "BlockHash"),
+    _Needed("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id"),
+    _Needed("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
+    _Needed("vllm.v1.core.kv_cache_utils", "init_none_hash"),
+    _Needed("vllm.v1.core.kv_cache_utils", "resolve_none_hash_seed"),
+    _Needed("vllm.utils.hashing", "get_hash_fn_by_name"),
     _Needed("vllm.v1.engine", "EngineCoreOutput"),
     _Needed("vllm.v1.engine", "EngineCoreOutputs"),
     _Needed("vllm.v1.engine", "EngineCoreRequest"),
@@ -275,6 +290,7 @@ def named() -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
     needed = (*_NEEDED, *_NEEDED_ELSEWHERE)
     attributes = {name for one in needed for name in (*one.attributes, *(method for method, _ in one.parameters))}
     living = {*_NEEDED_OF_SCHEDULER, PRIORITY_HEAP, *_NEEDED_OF_ENCODER_CACHE, *_NEEDED_OF_COORDINATOR_MANAGER}
+    living |= {*_NEEDED_OF_BLOCK_POOL, *_NEEDED_OF_HASH_MAP}
     return frozenset((one.module, one.name) for one in needed), frozenset(attributes | living)
 
 
@@ -292,6 +308,23 @@ def why_scheduler_unsupported(scheduler: Any) -> str | None:
             if not hasattr(manager, name):
                 return f"vLLM's {type(manager).__name__} lacks {name}"
     return None
+
+
+def why_cache_untold(scheduler: Any) -> str | None:
+    """One line that says why it cannot be known what this scheduler's prefix cache holds, or None. Moves need none of
+    this."""
+    pool: Any = getattr(scheduler.kv_cache_manager, "block_pool", None)
+    for name in _NEEDED_OF_BLOCK_POOL:
+        if not hasattr(pool, name):
+            return f"vLLM's {type(pool).__name__} lacks {name}"
+    found = pool.cached_block_hash_to_block
+    for name in _NEEDED_OF_HASH_MAP:
+        if not hasattr(found, name):
+            return f"vLLM's {type(found).__name__} lacks {name}"
+    for group in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        if not hasattr(group, "kv_cache_group_id"):
+            return f"vLLM's {type(group).__name__} lacks kv_cache_group_id"
+    return None if pool.enable_caching else "prefix caching is off"
 
 
 def unordered(queue: Any) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 
 from instance.types import (
     NO_WORK,
+    CachedChanges,
     CommittedRequest,
     EngineFacts,
     EngineLoad,
@@ -23,6 +24,7 @@ from instance.types import (
 )
 from instance.vllm.arrivals import why_uncommittable
 from instance.vllm.blocks import NoRoom
+from instance.vllm.cached import CacheWatch
 from instance.vllm.codec import (
     STATE_VERSION,
     CodecError,
@@ -85,6 +87,7 @@ class VllmEngine:
         self._ranks = ranks
         self._mover = RanksMover(ranks)
         self._adapters = Adapters(core)
+        self._cache = CacheWatch(core.scheduler, facts.block_size)
         self._submitted: dict[RequestId, _Submitted] = {}
         self._incoming: dict[MigrationId, _Incoming] = {}
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
@@ -174,6 +177,9 @@ class VllmEngine:
         """Forget every cached prefix. False: blocks are still in use."""
         return bool(self._core.reset_prefix_cache())
 
+    def take_cached_changes(self) -> CachedChanges | None:
+        return self._cache.take()
+
     # ---- what it looks like
     def load(self) -> EngineLoad:
         return load_of(self._scheduler, self._facts.block_size, has_reservations=bool(self._incoming))
@@ -202,13 +208,9 @@ class VllmEngine:
         adapter = self._adapters.identity(request.lora_request)
         if isinstance(adapter, str):
             return Refusal(adapter)
+        output = list(request.output_token_ids)
         described = DescribedRequest(
-            STATE_VERSION,
-            submitted.external_id,
-            submitted.payload,
-            list(request.output_token_ids),
-            request.priority,
-            adapter,
+            STATE_VERSION, submitted.external_id, submitted.payload, output, request.priority, adapter
         )
         return Description(
             request_id,
@@ -311,11 +313,9 @@ class VllmEngine:
         if structured is None:
             return True
         grammar = structured.grammar
-        return (
-            Refusal(f"its grammar does not compile: {grammar}")
-            if isinstance(grammar, Exception)
-            else grammar is not None
-        )
+        if isinstance(grammar, Exception):
+            return Refusal(f"its grammar does not compile: {grammar}")
+        return grammar is not None
 
     def commit(self, migration_id: MigrationId, state: bytes) -> CommittedRequest | Refusal:
         incoming = self._incoming.get(migration_id)

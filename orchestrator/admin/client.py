@@ -16,7 +16,8 @@ from orchestrator.admin.errors import Declined, NotAdmitted
 from orchestrator.admin.failures import DOMAIN
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
-from orchestrator.admin.pb.kvferry.admin.v1 import scaling_pb2
+from orchestrator.admin.pb.kvferry.admin.v1 import priorities_pb2, scaling_pb2
+from orchestrator.admin.pb.kvferry.admin.v1.priorities_pb2_grpc import PriorityServiceStub
 from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import ScalingServiceStub
 from orchestrator.errors import OrchestratorError, Unreachable
 
@@ -49,6 +50,7 @@ class AdminClient:
         self._metadata = (("authorization", f"Bearer {self._access.token}"),) if self._access.token else ()
         self._stub = pb_grpc.AdminServiceStub(self._channel)
         self._scaling_stub = ScalingServiceStub(self._channel)
+        self._priority_stub = PriorityServiceStub(self._channel)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -137,6 +139,39 @@ class AdminClient:
         ask = pb.UpdatePolicyRequest(policy=policy, validate_only=validate_only, request_id=_new_id())
         ask.update_mask.paths.extend(paths)
         return self._call(self._stub.UpdatePolicy, ask)
+
+    def priorities(self) -> priorities_pb2.GetPrioritiesResponse:
+        return self._call(self._priority_stub.GetPriorities, priorities_pb2.GetPrioritiesRequest())
+
+    def set_key_priority(
+        self, key_sha256: str, level: str, validate_only: bool = False
+    ) -> priorities_pb2.SetKeyPriorityResponse:
+        """`level`: a level's name, or a number."""
+        ask = priorities_pb2.SetKeyPriorityRequest(
+            key_sha256=key_sha256, level=level, validate_only=validate_only, request_id=_new_id()
+        )
+        return self._call(self._priority_stub.SetKeyPriority, ask, COMMAND_S)
+
+    def delete_key_priority(
+        self, key_sha256: str, validate_only: bool = False
+    ) -> priorities_pb2.DeleteKeyPriorityResponse:
+        ask = priorities_pb2.DeleteKeyPriorityRequest(
+            key_sha256=key_sha256, validate_only=validate_only, request_id=_new_id()
+        )
+        return self._call(self._priority_stub.DeleteKeyPriority, ask, COMMAND_S)
+
+    def update_level(
+        self, name: str, rank: int | None, headroom_blocks: int | None, validate_only: bool = False
+    ) -> priorities_pb2.UpdatePriorityLevelResponse:
+        """None: as it is."""
+        ask = priorities_pb2.UpdatePriorityLevelRequest(
+            name=name,
+            rank=rank,
+            headroom_blocks=headroom_blocks,
+            validate_only=validate_only,
+            request_id=_new_id(),
+        )
+        return self._call(self._priority_stub.UpdatePriorityLevel, ask, COMMAND_S)
 
     def scale(
         self,

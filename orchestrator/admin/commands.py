@@ -24,6 +24,7 @@ from orchestrator.events import (
     Token,
     UndrainRequested,
 )
+from orchestrator.priority_classes import Priorities
 from orchestrator.state import Snapshot
 from orchestrator.tuning import Policy
 
@@ -41,6 +42,11 @@ class Brain(Protocol):
     def snapshot(self) -> Snapshot: ...
 
     def policy(self) -> Policy: ...
+
+    def priorities(self) -> Priorities: ...
+
+    async def until_gateways_know(self) -> None:
+        """Return once every live gateway has been told what holds now."""
 
     async def ask(self, make: Callable[[Token], Event]) -> Result:
         """The core has the command before this first waits, so what was checked just before still holds."""

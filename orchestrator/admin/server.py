@@ -12,7 +12,10 @@ from orchestrator.admin.commands import Brain
 from orchestrator.admin.guard import Guard
 from orchestrator.admin.idempotency import RepetitionParams, Repetitions
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.pb.kvferry.admin.v1.priorities_pb2_grpc import add_PriorityServiceServicer_to_server
 from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import add_ScalingServiceServicer_to_server
+from orchestrator.admin.priorities import SERVICE as PRIORITY_SERVICE
+from orchestrator.admin.priorities import PriorityService
 from orchestrator.admin.scaling import SERVICE as SCALING_SERVICE
 from orchestrator.admin.scaling import ScalingService
 from orchestrator.admin.service import AdminService
@@ -20,6 +23,8 @@ from orchestrator.admin.watching import WatchParams, Watchtower
 from orchestrator.errors import StartUpError
 
 SERVICE = "kvferry.admin.v1.AdminService"
+SERVICES = (SERVICE, SCALING_SERVICE, PRIORITY_SERVICE)
+"""Of our own."""
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_METADATA_BYTES = 16 << 10
 MAX_CONCURRENT_RPCS = 128
@@ -30,7 +35,7 @@ KEEPALIVE_S = 30
 
 
 class AdminServer:
-    """AdminService, ScalingService, grpc.health.v1 and reflection on one port. Without a token on loopback only."""
+    """Our services, grpc.health.v1 and reflection on one port. Without a token on loopback only."""
 
     def __init__(
         self,
@@ -45,10 +50,17 @@ class AdminServer:
         self.watchtower = Watchtower(brain.snapshot, watching)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._is_serving = False
 
     async def start(self, host: str, port: int) -> str:
-        """Serve; returns `host:port`. Raises StartUpError: the port is taken, no token elsewhere than on loopback, or
-        the certificate and key are none."""
+        """`bind` and `serve`."""
+        address = self.bind(host, port)
+        await self.serve()
+        return address
+
+    def bind(self, host: str, port: int) -> str:
+        """Take the port, and answer nobody yet; returns `host:port`. Raises StartUpError: the port is taken, no token
+        elsewhere than on loopback, or the certificate and key are none."""
         if not self._access.token and not is_loopback(host):
             raise StartUpError(
                 f"the admin API on {host} could be reached from other machines: give it a token (KVFERRY_ADMIN_TOKEN,"
@@ -70,8 +82,9 @@ class AdminServer:
         service = AdminService(self._brain, self._repetitions, self.watchtower)
         pb_grpc.add_AdminServiceServicer_to_server(service, server)
         add_ScalingServiceServicer_to_server(ScalingService(self._brain), server)
+        add_PriorityServiceServicer_to_server(PriorityService(self._brain), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, SCALING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
@@ -79,18 +92,28 @@ class AdminServer:
             bound = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
         except RuntimeError as error:
             raise StartUpError(f"the admin port {port} on {host} is taken: choose another with --admin-port") from error
-        await server.start()
-        for service_name in ("", SERVICE, SCALING_SERVICE):
-            await self._health.set(service_name, health_pb2.HealthCheckResponse.SERVING)
         self._server = server
         return f"{where.rpartition(':')[0]}:{bound}"
 
+    async def serve(self) -> None:
+        """Answer. Raises RuntimeError before `bind`."""
+        if self._server is None:
+            raise RuntimeError("the admin API has no port yet")
+        await self._server.start()
+        self._is_serving = True
+        for service_name in ("", *SERVICES):
+            await self._health.set(service_name, health_pb2.HealthCheckResponse.SERVING)
+
     async def stop(self, grace_s: float) -> None:
-        """Watch streams end at once, other calls have so long to end."""
+        """Watch streams end at once, other calls have so long to end. Twice is fine."""
         self.watchtower.close()
-        if self._server is not None:
+        server, self._server = self._server, None
+        if server is not None:
             await self._health.enter_graceful_shutdown()
-            await self._server.stop(grace_s)
+            if not self._is_serving:
+                await server.start()  # or gRPC would hold the port for as long as the process lives
+                grace_s = 0.0
+            await server.stop(grace_s)
         self._repetitions.close()
 
     def _credentials(self) -> grpc.ServerCredentials | None:

@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 from rich.console import Console
 
 from instance.spec import Carrier
@@ -19,7 +20,7 @@ from orchestrator.policy.dispatch import Rule
 from orchestrator.runtime import checks
 from orchestrator.runtime.compose import Composition, Phase, Progress, compose, dismantle
 from orchestrator.runtime.ray_cluster import RayCluster, Resources
-from orchestrator.runtime.spec import OrchestratorSpec
+from orchestrator.runtime.spec import successor
 
 MODEL_NAME = "kvferry-demo"
 NUM_INSTANCES = 2
@@ -81,25 +82,16 @@ class Cluster:
         """Move nothing by itself any more."""
         await self.replace_orchestrator(rebalance=False)
 
-    async def replace_orchestrator(self, *, rebalance: bool, dispatch: Rule = Rule.FREENESS) -> None:
-        """Another one takes over and steers like this. Instances and gateways serve on meanwhile."""
+    async def replace_orchestrator(self, *, rebalance: bool, dispatch: Rule | None = None) -> None:
+        """Another one takes over and steers like this; `dispatch` None, and all else, as the first one was told at its
+        start. Instances and gateways serve on meanwhile."""
         self.fleet.close()
         await self.ray.stop_actor(self.composition.orchestrator, ORCHESTRATOR_STOP_S)
         actor_name = await _make_orchestrator(self.ray)
-        spec = OrchestratorSpec(
-            host="127.0.0.1",
-            admin_port=0,
-            instances=self.composition.instances,
-            gateways=self.composition.gateways,
-            tick_s=TICK_S,
-            max_migrations=MAX_MIGRATIONS,
-            dispatch=dispatch,
-            rebalance=rebalance,
-            rest_s=REST_S,
-            log_level="WARNING",
-            token=self.composition.token,
-        )
+        spec = successor(self.composition.spec, rebalance=rebalance, dispatch=dispatch)
         started = await self.ray.start_orchestrator(actor_name, spec, ORCHESTRATOR_START_S)
+        kept = msgspec.structs.replace(self.composition.spec, scaling=spec.scaling)  # its epochs are spent
+        self.composition = replace(self.composition, admin_address=started.admin_address, spec=kept)
         self.fleet = AdminFleet(started.admin_address)
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import ray
 
-from orchestrator.gateway.spec import GatewayConfig, Member, Membership
+from orchestrator.gateway.priorities import PriorityRules
+from orchestrator.gateway.spec import GatewayConfig, Member, Membership, PrioritiesNow
+from orchestrator.policy.levels import Levels
 
 if TYPE_CHECKING:
     from orchestrator.gateway.service import GatewayService
@@ -54,6 +56,12 @@ class GatewayActor:
             key = (member.instance, member.epoch)
             if member.actor_name and key not in self._watched:
                 self._watched[key] = asyncio.create_task(self._watch(member))
+
+    async def set_priorities(self, priorities_json: bytes) -> None:
+        """A JSON PrioritiesNow."""
+        if self._service is not None:
+            told = msgspec.json.decode(priorities_json, type=PrioritiesNow)
+            self._service.set_priorities(PriorityRules(Levels(told.levels), dict(told.key_classes)))
 
     async def cancel_request(self, request_id: str) -> bool:
         """False: the stream of this request is not here."""

@@ -34,6 +34,29 @@ asked_priority: ContextVar[Asked | None] = ContextVar("asked_priority", default=
 the body's."""
 
 
+class NotingProcessor(OutputProcessor):
+    """Knows what the answers that are being made must say. Every request passes here in the context of its HTTP request
+    before it is sent, the siblings of `n` > 1, too, which share one queue."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.notes: WeakKeyDictionary[RequestOutputCollector, AnswerNotes] = WeakKeyDictionary()
+        """For as long as somebody waits for them."""
+
+    def add_request(
+        self,
+        request: EngineCoreRequest,
+        prompt: str | None,
+        parent_req: ParentRequest | None = None,
+        request_index: int = 0,
+        queue: RequestOutputCollector | None = None,
+    ) -> None:
+        notes = answer_notes.get()
+        if notes is not None and queue is not None:
+            self.notes[queue] = notes
+        super().add_request(request, prompt, parent_req, request_index, queue)
+
+
 class FleetLLM(AsyncLLM):
     """One per gateway; made on the loop that serves."""
 
@@ -50,7 +73,7 @@ class FleetLLM(AsyncLLM):
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.admission_stats = None
-        self.output_processor = OutputProcessor(
+        self.output_processor = NotingProcessor(
             self.renderer.tokenizer,
             log_stats=log_stats,
             stream_interval=self.scheduler_config.stream_interval,
@@ -73,8 +96,6 @@ class FleetLLM(AsyncLLM):
         self._profile_session_active = False
         self._loop = loop
         self._stopping: Failure | None = None
-        self._notes: WeakKeyDictionary[RequestOutputCollector, AnswerNotes] = WeakKeyDictionary()
-        """What the answers that are being made must say, for as long as somebody waits for them."""
         client.connect(self._fail, self.output_processor.has_request)
         self.output_handler = None
         self._run_output_handler()
@@ -113,8 +134,6 @@ class FleetLLM(AsyncLLM):
         index: int,
         queue: RequestOutputCollector,
     ) -> None:
-        if (notes := answer_notes.get()) is not None:
-            self._notes[queue] = notes
         try:
             await super()._add_request(request, prompt, parent_req, index, queue)
         except VLLMError:
@@ -131,7 +150,7 @@ class FleetLLM(AsyncLLM):
         siblings = self.output_processor.abort_requests((whole,), internal=True)
         self._loop.abort(sibling for sibling in siblings if sibling != request_id)
         if state.queue is not None:
-            state.queue.put(http_error(_noted(failure, self._notes.get(state.queue))))
+            state.queue.put(http_error(_noted(failure, self.output_processor.notes.get(state.queue))))
 
 
 def _noted(failure: Failure, notes: AnswerNotes | None) -> Failure:

@@ -22,6 +22,7 @@ from migration.types import RequestId
 from orchestrator.gateway.asks import request_asks
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.loop import GatewayLoop
+from orchestrator.gateway.prefixes import PrefixHashes, no_hashes
 from orchestrator.gateway.relay import Owner
 from orchestrator.gateway.types import Deliver, Outgoing
 
@@ -41,12 +42,15 @@ Encode = Callable[[EngineCoreRequest], bytes]
 class FleetCoreClient(EngineCoreClient):
     """What `AsyncLLM` needs from an engine core, and no more; the rest is NotImplementedError (HTTP 501)."""
 
-    def __init__(self, loop: GatewayLoop, encode: Encode = encode_request) -> None:
+    def __init__(
+        self, loop: GatewayLoop, encode: Encode = encode_request, prefix_hashes: PrefixHashes = no_hashes
+    ) -> None:
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False)  # AsyncLLM.errored reads it; a fleet is never dead
         self.reset_prefix_caches: Callable[[], Awaitable[bool]] | None = None
         self._loop = loop
         self._encode = encode
+        self._prefix_hashes = prefix_hashes
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._clock_offsets_s: dict[Owner, float] = {}
         self._adapter_ids: set[int] = set()
@@ -91,6 +95,7 @@ class FleetCoreClient(EngineCoreClient):
             )
         if not self._is_wanted(request.request_id):
             return  # a sibling (n > 1) has failed already, and all of them with it
+        block_size = self._loop.router.hashed_block_size
         self._loop.submit(
             Outgoing(
                 request_id=RequestId(request.request_id),
@@ -101,6 +106,7 @@ class FleetCoreClient(EngineCoreClient):
                 payload=payload,
                 payload_as=lambda request_id: self._encode(_renamed(request, request_id)),
                 asks=request_asks.get(),
+                prefix=() if block_size is None else self._prefix_hashes(request, block_size),
             )
         )
 

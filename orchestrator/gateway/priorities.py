@@ -11,6 +11,7 @@ The level of an API key is also the most urgent that its requests may be: who as
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -76,6 +77,12 @@ class PriorityRules:
         if not self.key_classes or scheme.lower() != "bearer":
             return None
         return self.key_classes.get(key_digest(key.strip().encode("latin-1", "replace")))
+
+
+def digest_in(text: str) -> str | None:
+    """The digest that the text is, in lower case; None: it is none."""
+    digest = text.lower()
+    return digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
 
 
 def key_digest(key: bytes) -> str:

@@ -12,14 +12,12 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
 
-import msgspec
-
 from instance.messages import (
     Abort,
+    CachedBlocks,
     FleetMessage,
     Frame,
     LoadReport,
-    OutputEntry,
     OwnerChanged,
     PriorityChanged,
     SubmitAnswer,
@@ -72,6 +70,11 @@ class Router:
     def why_nobody_serves(self, now_s: float) -> str | None:
         """None: at least one instance serves and has said so lately."""
         return self._book.why_nobody(now_s)
+
+    @property
+    def hashed_block_size(self) -> int | None:
+        """None: prompts need not be hashed."""
+        return self._book.hashed_block_size
 
     @property
     def num_requests(self) -> int:
@@ -150,6 +153,9 @@ class Router:
             case LoadReport():
                 self._on_report(message, now_s)
                 return []
+            case CachedBlocks():
+                self._book.on_cached(message)
+                return []
             case SubmitAnswer():
                 return self._on_answer(message, now_s)
             case OwnerChanged():
@@ -188,17 +194,13 @@ class Router:
                 self._gap_since.setdefault(request_id, now_s)
             elif self._gap_since:
                 self._gap_since.pop(request_id, None)
-        entries = tuple(self._as_client_knows_it(entry) for entry in relayed.entries)
+        entries = tuple(
+            self._flights[RequestId(entry.request_id)].as_client_knows_it(entry) for entry in relayed.entries
+        )
         for entry in relayed.entries:
             if entry.finish_reason is not None:
                 self._drop(RequestId(entry.request_id))
         return [Deliver(sender, entries, frame.sent_s)] if entries else []
-
-    def _as_client_knows_it(self, entry: OutputEntry) -> OutputEntry:
-        flight = self._flights[RequestId(entry.request_id)]
-        if flight.attempt == 1:
-            return entry
-        return msgspec.structs.replace(entry, request_id=flight.request.request_id)
 
     def _on_moves(self, moves: tuple[OwnerMoved, ...]) -> None:
         for move in moves:
@@ -278,7 +280,7 @@ class Router:
         effects: list[Effect] = []
         late_s = now_s - self._params.unanswered_for_s
         late = [one for one in self._unanswered if self._flights[one].sent_s < late_s]
-        seen = self._seen(now_s) if late else {}
+        seen = self._book.submits_seen(now_s) if late else {}
         very_late_s = now_s - self._params.unanswered_though_seen_for_s
         for request_id in late:
             flight, owner = self._flights[request_id], self.relay.owner(request_id)
@@ -287,12 +289,6 @@ class Router:
             effects += self._abort_everywhere((request_id,))
             effects += self._start_anew(flight, now_s)
         return effects
-
-    def _seen(self, now_s: float) -> dict[Owner, int]:
-        """Up to which of our submissions each member has received them, by its report, if that is fresh."""
-        max_age_s = self._book.params.max_report_age_s
-        fresh = (one for one in self.view(now_s).instances if one.report_age_s <= max_age_s)
-        return {(one.instance, one.epoch): one.report.submits_seen for one in fresh}
 
     def _settle_orphans(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -330,7 +326,7 @@ class Router:
     def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
         request = flight.request
         demand = demand_blocks(request.num_prompt_tokens, self._book.block_size)
-        found = self._book.choose(demand, now_s, flight.refused_by, flight.wanted(now_s))
+        found = self._book.choose(demand, now_s, flight.refused_by, flight.wanted(now_s), request.prefix)
         verdict = admit(request.asks, found, now_s - flight.arrived_s)
         if not isinstance(verdict, Admit):
             return self._not_sent(flight, verdict)
@@ -385,8 +381,11 @@ class Router:
 
     def _subscribe(self, now_s: float) -> list[Effect]:
         self._subscribed_s = now_s
-        message = Subscribe(self._address, self._params.subscribe_lease_s)
-        return [Send(member.address, message) for member in self._members.values()]
+        lease_s, cached_from = self._params.subscribe_lease_s, self._book.cached_from
+        return [
+            Send(member.address, Subscribe(self._address, lease_s, cached_from=cached_from(member.instance)))
+            for member in self._members.values()
+        ]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every request is in the states it may be in together."""

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -31,6 +32,7 @@ from orchestrator.gateway.core_client import Encode, FleetCoreClient
 from orchestrator.gateway.errors import Failure, FailureKind, GatewayError
 from orchestrator.gateway.http import MIDDLEWARE, RULES, add_routes, bind
 from orchestrator.gateway.loop import GatewayLoop
+from orchestrator.gateway.prefixes import PrefixHashes, prefix_hashes
 from orchestrator.gateway.priorities import PriorityRules
 from orchestrator.gateway.spec import GatewayConfig, GatewayStarted, Member
 from orchestrator.gateway.types import RouterParams
@@ -40,6 +42,9 @@ from orchestrator.policy.targets import Targets, parse_classes
 
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE_S = 75
+"""An idle connection is kept open for so long, where VLLM_HTTP_TIMEOUT_KEEP_ALIVE says nothing. Its default of 5 s is
+also that of httpx, and so of OpenAI's client: a request sent as the server closes is lost. Proxies keep theirs 60 s."""
 CLOSE_STREAMS_S = 1
 """uvicorn gives open connections so long once their streams were ended, then cuts them."""
 STOP_S = 2.0
@@ -58,6 +63,7 @@ class GatewayService:
         self._mailbox: Mailbox | None = None
         self._loop: GatewayLoop | None = None
         self._llm: FleetLLM | None = None
+        self._app: FastAPI | None = None
         self._server: uvicorn.Server | None = None
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -68,10 +74,11 @@ class GatewayService:
         token."""
         self._listener = bind(config.host, config.port, config.reuse_port)
         try:
-            namespace, vllm_config = await asyncio.to_thread(_configure, config)
+            configured = await asyncio.to_thread(_configure, config)
+            namespace = configured[0]
             self._mailbox = _mailbox(config.token)
             await self._mailbox.open(config.inbox_host)
-            await self._serve(self._mailbox, namespace, vllm_config, config)
+            await self._serve(self._mailbox, config, *configured)
         except BaseException:
             await self.stop()
             raise
@@ -95,6 +102,11 @@ class GatewayService:
     def set_dispatch(self, params: DispatchParams) -> None:
         """Choose instances by these from now on."""
         self.loop.set_dispatch(params)
+
+    def set_priorities(self, rules: PriorityRules) -> None:
+        """Requests that come from now on are as urgent as these say; their headroom comes with `set_dispatch`."""
+        if self._app is not None:
+            setattr(self._app.state, RULES, rules)
 
     def member_lost(self, instance: str, epoch: int) -> None:
         """This incarnation is known to be dead."""
@@ -139,17 +151,22 @@ class GatewayService:
         self._ended.set()
 
     async def _serve(
-        self, mailbox: Mailbox, namespace: argparse.Namespace, vllm_config: Any, config: GatewayConfig
+        self,
+        mailbox: Mailbox,
+        config: GatewayConfig,
+        namespace: argparse.Namespace,
+        vllm_config: Any,
+        hashes: PrefixHashes,
     ) -> None:
         levels = parse_levels(config.priority_levels)
         params = self._params or RouterParams(
             dispatch=DispatchParams(load=levels.load_params), dispatch_timeout_s=config.dispatch_timeout_s
         )
         self._loop = GatewayLoop(mailbox, params)
-        client = FleetCoreClient(self._loop, self._encode)
+        client = FleetCoreClient(self._loop, self._encode, hashes)
         self._llm = FleetLLM(vllm_config, client, self._loop, log_stats=not namespace.disable_log_stats)
         tasks = await self._llm.get_supported_tasks()
-        app = build_app(namespace, tasks, self._llm.model_config)
+        app = self._app = build_app(namespace, tasks, self._llm.model_config)
         setattr(app.state, RULES, PriorityRules(levels, dict(config.key_priorities)))
         add_routes(app)
         await init_app_state(self._llm, app.state, namespace, tasks)
@@ -191,8 +208,8 @@ def _mailbox(token: str) -> Mailbox:
         raise GatewayError(str(error)) from error
 
 
-def _configure(config: GatewayConfig) -> tuple[argparse.Namespace, Any]:
-    """What `vllm serve` would make of the arguments, without an engine."""
+def _configure(config: GatewayConfig) -> tuple[argparse.Namespace, Any, PrefixHashes]:
+    """What `vllm serve` would make of the arguments, without an engine; and how its engines know a prefix."""
     try:
         namespace = parse_serve_argv(config.argv)
         namespace.host, namespace.port = config.host, config.port
@@ -212,12 +229,19 @@ def _configure(config: GatewayConfig) -> tuple[argparse.Namespace, Any]:
         raise GatewayError(str(error)) from error
     except KeyError as error:
         raise GatewayError(str(error.args[0])) from error
+    hashes = prefix_hashes(vllm_config.cache_config)
     # Nothing is cached here, but with it vLLM names images by their content. Without, it counts them, each gateway for
     # itself, and an instance would take one gateway's first image for another's.
     vllm_config.cache_config.enable_prefix_caching = True
     if vllm_config.model_config.runner_type != "generate":
         raise GatewayError(f"{namespace.model} is not a model that generates text")
-    return namespace, vllm_config
+    return namespace, vllm_config, hashes
+
+
+def keep_alive_s() -> int:
+    """For which an idle connection is kept open."""
+    chosen = envs.is_set("VLLM_HTTP_TIMEOUT_KEEP_ALIVE")
+    return envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE if chosen else KEEP_ALIVE_S
 
 
 def _uvicorn_config(app: Any, namespace: argparse.Namespace) -> uvicorn.Config:
@@ -230,7 +254,7 @@ def _uvicorn_config(app: Any, namespace: argparse.Namespace) -> uvicorn.Config:
         app,
         log_level=namespace.uvicorn_log_level,
         access_log=not namespace.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_keep_alive=keep_alive_s(),
         timeout_graceful_shutdown=CLOSE_STREAMS_S,
         ssl_keyfile=namespace.ssl_keyfile,
         ssl_certfile=namespace.ssl_certfile,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from orchestrator.policy.dispatch import DispatchParams
-from orchestrator.policy.levels import DEFAULT_LEVELS
+from orchestrator.policy.levels import DEFAULT_LEVELS, Level
 
 
 class GatewayConfig(msgspec.Struct, frozen=True):
@@ -30,6 +30,14 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     """`NAME=TTFT_MS/TPOT_MS,...` (`orchestrator.policy.slo.parse_classes`)."""
     token: str = ""
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
+
+
+class PrioritiesNow(msgspec.Struct, frozen=True):
+    """How urgent requests may be, from now on."""
+
+    levels: tuple[Level, ...]
+    key_classes: tuple[tuple[str, int], ...]
+    """(SHA-256 of an API key in hexadecimal, priority of its class)."""
 
 
 class Member(msgspec.Struct, frozen=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from instance.messages import FleetMessage, OutputEntry, Submit
+import msgspec
+
+from instance.messages import MAX_SPAN_S, FleetMessage, OutputEntry, Submit
 from migration.types import Epoch, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.relay import Owner
@@ -52,6 +54,8 @@ class Outgoing:
     payload_as: Callable[[RequestId], bytes]
     """The same request under another id: a second attempt gets one of its own."""
     asks: Asks = NO_ASKS
+    prefix: tuple[int, ...] = ()
+    """Hashes of the prompt's first full blocks (`orchestrator/gateway/prefixes.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +112,13 @@ class Flight:
         targets = self.request.asks.targets
         return Wanted(self.request.num_prompt_tokens, targets.after(now_s - self.arrived_s)) if targets else None
 
+    def as_client_knows_it(self, entry: OutputEntry) -> OutputEntry:
+        """Output under the id the client has asked with."""
+        return entry if self.attempt == 1 else msgspec.structs.replace(entry, request_id=self.request.request_id)
+
     def submission(self, gateway_address: str, epoch: Epoch) -> Submit:
         """What is sent to an instance of that epoch."""
-        request = self.request
+        request, targets = self.request, self.request.asks.targets
         return Submit(
             request_id=self.wire_id,
             external_id=request.external_id,
@@ -121,6 +129,9 @@ class Flight:
             num_prompt_tokens=request.num_prompt_tokens,
             max_tokens=request.max_tokens,
             payload=request.payload if self.attempt == 1 else request.payload_as(self.wire_id),
+            ttft_s=targets.ttft_s,
+            tpot_s=targets.tpot_s,
+            waited_s=min(MAX_SPAN_S, max(0.0, self.sent_s - self.arrived_s)) if targets else 0.0,
         )
 
 

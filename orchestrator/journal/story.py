@@ -23,6 +23,7 @@ from orchestrator.effects import (
     SetDraining,
     StartMigration,
     UpdateMembers,
+    UpdatePriorities,
 )
 from orchestrator.errors import JournalError
 from orchestrator.events import (
@@ -242,6 +243,10 @@ class Story:
             case UpdateMembers():
                 names = ", ".join(str(member.incarnation.instance) for member in effect.members) or "nobody"
                 row = self._row(line, effect, f"tell the gateways who is there: {names}", reason)
+            case UpdatePriorities():
+                levels = ", ".join(f"{level.name} {level.rank}" for level in effect.levels.levels)
+                what = f"tell the gateways the levels ({levels}) and the classes of {len(effect.key_classes)} keys"
+                row = self._row(line, effect, what, reason)
             case FenceInstance():
                 what = f"fence {effect.instance}, epoch {effect.epoch}, at {', '.join(effect.peers) or 'nobody'}"
                 row = self._row(line, effect, what, reason)

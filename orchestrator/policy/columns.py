@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from instance.messages import LoadReport
 from migration.types import Epoch
-from orchestrator.policy.load import LoadParams, growth_blocks_per_s, virtual_usage_blocks
+from orchestrator.policy.load import LoadParams, growth_blocks_per_s, running_blocks, virtual_usage_blocks
 
 Scores = npt.NDArray[np.float64]
 """One of each row."""
@@ -43,7 +43,14 @@ class DispatchParams:
     0: it gets its whole share at once."""
     slow_start_share: float = 0.1
     """The part of its freeness that counts in the beginning."""
+    prefix_weight: float = 1.0
+    """Blocks of running requests that a cached block of the prompt outweighs: a block is a block, whether it need not
+    be computed or need not be held. 0: prefixes do not count, nobody is asked for them."""
     load: LoadParams = field(default_factory=LoadParams)
+
+    @property
+    def heeds_prefixes(self) -> bool:
+        return self.prefix_weight > 0 and self.rule is not Rule.ROUND_ROBIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,8 @@ class Columns:
         self.reported_s = _column(size, 0.0)
         self.batch = _column(size, 1.0)
         """Requests that would run there with this one."""
+        self.requests_per_block = _column(size, 0.0)
+        """Of the blocks that they use, or will."""
         self.behind = _column(size, 0.0)
         """Minus what waits behind the first of the queue."""
         self.total = _column(size, 0.0)
@@ -128,6 +137,8 @@ class Columns:
         self.spare[row] = spare
         self.batch[row] = max(1, report.num_running + num_unseen + 1)
         self.unseen[row], self.unseen_blocks[row] = num_unseen, unseen_blocks
+        used = running_blocks(report) + unseen_blocks
+        self.requests_per_block[row] = (report.num_running + num_unseen) / max(1, used)
         self._set_usable(row, math.isfinite(spare))
 
     def expire(self, now_s: float) -> None:
@@ -148,7 +159,9 @@ class Columns:
     def is_usable(self, row: int) -> bool:
         return self._usable[row]
 
-    def scores(self, demand_blocks: int, now_s: float, left_out: Sequence[int] = ()) -> Scores:
+    def scores(
+        self, demand_blocks: int, now_s: float, left_out: Sequence[int] = (), saved_blocks: Scores | None = None
+    ) -> Scores:
         """Freeness of each with this request on it, in decode steps; higher is better; -inf: not to be chosen, as those
         `left_out`. Instances too small for it count only where no other is left.
 
@@ -157,15 +170,27 @@ class Columns:
         negative number by a larger batch makes the fuller instance look better.
 
         An old report is trusted less: what its running requests need as they go on is taken off for its age.
+
+        `saved_blocks`: how much of the prompt each has cached. That is demand that is not there, and the instance
+        counts as if so many blocks of what runs there were gone, with their share of the batch. By demand alone one
+        running request more would outweigh any prefix where memory is plentiful.
         """
-        spare: Scores = self.spare - (now_s - self.reported_s) * self.growth_per_s - demand_blocks
-        steps: Scores = spare / self.batch
+        spare: Scores = (self.reported_s - now_s) * self.growth_per_s
+        spare += self.spare
+        spare -= demand_blocks
+        batch = self.batch
+        if saved_blocks is not None:
+            spare += saved_blocks
+            gone = self._params.prefix_weight * saved_blocks * self.requests_per_block
+            batch = np.maximum(1.0, batch - gone)
+        steps: Scores = spare / batch
         if now_s < self._all_warm_s:
             risen = (now_s - self.first_report_s) / self._params.slow_start_s
-            steps *= np.clip(risen, self._params.slow_start_share, 1.0)
+            np.maximum(risen, self._params.slow_start_share, out=risen)
+            steps *= np.minimum(risen, 1.0, out=risen)
         short = spare < 0
         if short.any():
-            steps = np.where(short, spare + self.behind, steps)
+            np.add(spare, self.behind, out=steps, where=short)
         for row in left_out:
             steps[row] = -math.inf
         if demand_blocks > self._smallest:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from instance.lifecycle import State
-from instance.messages import LoadReport
+from instance.messages import CachedBlocks, LoadReport
 from migration.types import Epoch, InstanceId
 from orchestrator.policy.columns import Columns, Dispatch, DispatchParams, Entry, Rule, Scores
+from orchestrator.policy.prefixes import PrefixIndex
 from orchestrator.policy.slo import Pace, Predicted, Wanted
 
 __all__ = [
@@ -110,6 +111,7 @@ class DispatchBook:
         """(when, to whom, sequence), oldest first: what may have to be forgotten. Some have been seen since."""
         self._num_unseen = 0
         self.pace = Pace()
+        self.prefixes = PrefixIndex()
         self._last_row = -1
         """Chosen last, for taking turns."""
 
@@ -122,6 +124,8 @@ class DispatchBook:
         if params != self._params:
             self._params = params
             self._columns = Columns(list(self._entries.values()), params, self._num_gateways)
+            if not params.heeds_prefixes:
+                self.prefixes.clear()
 
     # ---- members and what they say
     def set_members(self, members: Collection[tuple[InstanceId, Epoch]], num_gateways: int | None = None) -> None:
@@ -144,7 +148,9 @@ class DispatchBook:
             entry.row = row
         self._num_unseen = sum(len(entry.unseen) for entry in self._entries.values())
         self._columns = Columns(list(self._entries.values()), self._params, self._num_gateways)
-        self.pace.set_members([(name, entry.epoch) for name, entry in self._entries.items()])
+        rows = [(name, entry.epoch) for name, entry in self._entries.items()]
+        self.pace.set_members(rows)
+        self.prefixes.set_members(rows)
         self._drop_seen()
 
     def _rank(self, name: InstanceId) -> tuple[int, InstanceId]:
@@ -167,6 +173,15 @@ class DispatchBook:
         self.pace.on_report(report)
         self._drop_seen()
         return True
+
+    def on_cached(self, message: CachedBlocks) -> None:
+        """A member says what its prefix cache holds."""
+        if self._params.heeds_prefixes:
+            self.prefixes.on_cached(message)
+
+    def cached_from(self, instance: InstanceId) -> int | None:
+        """What a member is to be told with the next subscription (`Subscribe.cached_from`)."""
+        return self.prefixes.cached_from(instance) if self._params.heeds_prefixes else None
 
     def on_dispatched(self, instance: InstanceId, demand_blocks: int, now_s: float) -> int:
         """Count a dispatch to a member and return its sequence number, from 1."""
@@ -194,6 +209,11 @@ class DispatchBook:
         self._drop_seen()
 
     # ---- what is known
+    def submits_seen(self, now_s: float) -> dict[tuple[InstanceId, Epoch], int]:
+        """Up to which of our submissions each member has received them, by its report, if that is fresh."""
+        fresh = (one for one in self.view(now_s).instances if one.report_age_s <= self._params.max_report_age_s)
+        return {(one.instance, one.epoch): one.report.submits_seen for one in fresh}
+
     def has_said_farewell(self, instance: InstanceId, epoch: Epoch) -> bool:
         """Its last word was that it drains and that nothing is left on it: nothing can have come there since."""
         entry = self._entries.get(instance)
@@ -209,15 +229,22 @@ class DispatchBook:
         reports = (entry.report for entry in self._entries.values())
         return next((report.block_size for report in reports if report is not None), 16)
 
+    @property
+    def hashed_block_size(self) -> int | None:
+        """Tokens of a block by whose hash members say what they have cached; None: nobody has anything."""
+        return self.prefixes.block_size if self.prefixes.num_hashes else None
+
     def choose(
         self,
         demand_blocks: int,
         now_s: float,
         excluded: Collection[InstanceId] = (),
         wanted: Wanted | None = None,
+        prefix: Sequence[int] = (),
     ) -> Choice | NoChoice:
         """Pick the instance whose score with this request is highest (`Columns.scores`); ties by fewest dispatched,
-        then by this gateway's own order.
+        then by fewest cached blocks (else an idle fleet would fill one cache), then by this gateway's own order.
+        `prefix`: hashes of the prompt's blocks, from the first one on; what an instance has of them counts for it.
 
         If it wants something, those that are predicted to meet its targets come first, if any is. An instance it can
         never fit on is only asked when there is no other: its refusal then says so to the client.
@@ -229,14 +256,20 @@ class DispatchBook:
         num_candidates = columns.num_usable - sum(map(columns.is_usable, left_out))
         if not num_candidates:
             return self._nobody(now_s)
-        scores = columns.scores(demand_blocks, now_s, left_out)
-        attainment = None if wanted is None else self.pace.attainment(wanted, columns.unseen, columns.unseen_blocks)
+        saved = self.prefixes.saved_blocks(prefix)
+        scores = columns.scores(demand_blocks, now_s, left_out, saved)
+        attainment = None
+        if wanted is not None:
+            saved_tokens = 0.0 if saved is None else saved * self.prefixes.block_size
+            attainment = self.pace.attainment(wanted, columns.unseen, columns.unseen_blocks, saved_tokens)
         if attainment is not None:
             scores = np.where(attainment.narrow(scores > -math.inf), scores, -math.inf)
         row = self._next(scores) if self._params.rule is Rule.ROUND_ROBIN else self._best(scores)
         name = self._names[row]
         entry = self._entries[name]
         dispatched = f"{len(entry.unseen)} dispatched since its report"
+        if saved is not None and saved[row]:
+            dispatched += f", {saved[row]:.0f} blocks saved"
         why = "next" if self._params.rule is Rule.ROUND_ROBIN else f"score {scores[row]:.2f} highest"
         reason = f"{why} of {num_candidates} ({dispatched})"
         predicted = None if attainment is None else attainment.on(row)
@@ -245,7 +278,11 @@ class DispatchBook:
     def _best(self, scores: Scores) -> int:
         row = int(scores.argmax())
         best = (scores == scores[row]).nonzero()[0]
-        return int(best[self._columns.unseen[best].argmin()]) if len(best) > 1 else row
+        if len(best) == 1:
+            return row
+        unseen = self._columns.unseen[best]
+        best = best[unseen == unseen.min()]
+        return int(best[self.prefixes.num_held[best].argmin()])
 
     def _next(self, scores: Scores) -> int:
         possible = (scores > -math.inf).nonzero()[0]
@@ -322,7 +359,9 @@ class DispatchBook:
         assert self._num_unseen == sum(len(entry.unseen) for entry in self._entries.values())
         assert len(self._sent) <= 2 * self._num_unseen + MAX_SEEN_KEPT
         self._columns.check_integrity(list(self._entries.values()))
-        self.pace.check_integrity([(name, entry.epoch) for name, entry in self._entries.items()])
+        rows = [(name, entry.epoch) for name, entry in self._entries.items()]
+        self.pace.check_integrity(rows)
+        self.prefixes.check_integrity(rows)
 
 
 def _why_nobody(view: ClusterView, num_serving: int, num_fresh: int) -> str:

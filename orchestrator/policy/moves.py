@@ -9,6 +9,7 @@ import msgspec
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
 from orchestrator.policy.load import NO_HEADROOM, LoadParams, virtual_usage_blocks
+from orchestrator.policy.targets import NOTHING_WANTED, Tightest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,10 @@ class InstanceView:
     signal_age_s: float
     copy_s_per_block: float = 0.0
     """What its migrations have taken of late for a block that was copied; 0: not known yet."""
+    tightest: Tightest = NOTHING_WANTED
+    """Of all its requests."""
+    arriving: tuple[RequestLoad, ...] = ()
+    """On their way here; counted in `load`."""
 
 
 @dataclass(frozen=True, slots=True)

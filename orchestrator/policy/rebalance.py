@@ -1,8 +1,9 @@
 """Which running request should move where, so that the fullest instance gains more than the emptiest loses?
 
 First rule: repeatedly pair the instance with the lowest freeness with the one with the highest. The source must be
-short of memory, the destination not, and the move must pay: also after it the destination is freer than the source, by
-a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made.
+short of memory, and the move must pay: also after it the destination lacks nothing, and is freer than the source by a
+margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made.
+In one tick no instance both gives and takes.
 Nor is one whose copy would take so long that the request had better stay: it must be expected to live twice as long. A
 blocked head of the queue makes freeness negative, hence its instance a source: room is made for it (defragmentation).
 So does a level whose headroom is not there: its less urgent neighbours move away (isolation), it never does for that.
@@ -38,7 +39,8 @@ class RebalanceParams:
     """Thresholds in decode steps: how long memory lasts at the present batch, so they need no tuning to a trace."""
 
     threshold_steps: float = 512.0
-    """Below it an instance is a source, at or above it a destination."""
+    """Below it an instance is a source. Whether another can take from it is a matter of the margin alone: where all are
+    short, those that are worst off are still relieved by the others."""
     margin_steps: float = 64.0
     """By so much must the destination be freer than the source, before and after the move."""
     rest_s: float = 10.0
@@ -48,8 +50,14 @@ class RebalanceParams:
     max_moves: int = 8
     """Moves proposed in one tick."""
     max_destinations: int = 8
-    """The freest ones at which some request of a source may pay: each of its requests is compared with so many. It
-    bounds the work of a tick in a large fleet."""
+    """The freest ones with room, with which a source is compared. It bounds the work of a tick in a large fleet."""
+    attain_margin: float = 0.1
+    """Share of a target by which it must be missed before a move for its sake, and be met after it (`attain.py`)."""
+    attain_sources: int = 8
+    """Instances that miss targets, of which a tick looks at the requests: those that miss by the least first, so that
+    what nothing can mend does not stand before what a move does."""
+    attain_requests: int = 4
+    """Requests that miss, for which a tick looks for another place; of each of those instances, and each time anew."""
     load: LoadParams = field(default_factory=LoadParams)
     """Headroom of each level."""
 
@@ -75,6 +83,9 @@ class _Side:
     """Blocks free of virtual usage now."""
     steps: float = 0.0
     """Its freeness now, in decode steps."""
+    has_given: bool = False
+    has_taken: bool = False
+    """In this plan."""
 
     def __post_init__(self) -> None:
         self.look()
@@ -117,6 +128,8 @@ class _Plan:
         moves: list[Move] = []
         while len(moves) < self._params.max_moves and self._sources and self._destinations:
             _, _, source = heapq.heappop(self._sources)
+            if source.has_taken:
+                continue
             if -self._destinations[0][0] - source.steps <= self._params.margin_steps:
                 break  # nobody is free enough for it, nor for those behind it, which are freer than it is
             found = self._best(source)
@@ -128,10 +141,11 @@ class _Plan:
 
     def _is_source(self, side: _Side) -> bool:
         """Short of memory; an instance that does not serve is neither."""
-        return side.slots_out > 0 and -math.inf < side.steps < self._params.threshold_steps
+        is_short = -math.inf < side.steps < self._params.threshold_steps
+        return is_short and side.slots_out > 0 and not side.has_taken
 
     def _is_destination(self, side: _Side) -> bool:
-        return side.slots_in > 0 and side.steps >= self._params.threshold_steps
+        return side.steps >= 0 and side.slots_in > 0 and not side.has_given
 
     def _best(self, source: _Side) -> tuple[_Side, RequestLoad, _Gain] | None:
         """The first request, in the order of the rule, that pays at the freest destination where one does."""
@@ -155,36 +169,38 @@ class _Plan:
         return None
 
     def _asked(self, source: _Side, smallest: int) -> Iterator[_Side]:
-        """The freest ones at which a request of `smallest` blocks would pay. The larger a request, the less free is the
-        destination after it, and the freer the source: where the smallest does not pay, none does. (One that takes
-        its level's headroom along makes the source freer still, and the destination less free.)"""
-        num_asked = 0
+        """Of the freest ones those where a request of `smallest` blocks would pay. The larger a request, the less free
+        is the destination after it, and the freer the source: where the smallest does not pay, none does. (One that
+        takes its level's headroom along makes the source freer still, and the destination less free.)"""
+        num_looked_at = 0
         for minus_steps, name, destination in self._destinations:
             if -minus_steps - source.steps <= self._params.margin_steps:
-                return
-            if (source.view.instance, name) in self._resting.pairs:
+                return  # the source itself is among those that are left
+            if smallest > destination.load.free_blocks or (source.view.instance, name) in self._resting.pairs:
                 continue
-            if not _may_pay(source, destination, smallest, self._params):
-                continue
-            num_asked += 1
-            if num_asked > self._params.max_destinations:
+            num_looked_at += 1
+            if num_looked_at > self._params.max_destinations:
                 return
-            yield destination
+            if _may_pay(source, destination, smallest, self._params):
+                yield destination
 
     def _book(self, source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) -> Move:
         """Count the move as made: both sides stand elsewhere now."""
         cause = _cause(source, self._params)
-        del self._destinations[bisect.bisect_left(self._destinations, _as_destination(destination))]
+        for side in (source, destination):
+            if self._is_destination(side):
+                del self._destinations[bisect.bisect_left(self._destinations, _as_destination(side))]
+        source.has_given = destination.has_taken = True
         source.load = after_leaving(source.load, request.priority, request.num_blocks)
         source.slots_out -= 1
         destination.load = after_joining(destination.load, request.priority, request.num_blocks)
         destination.slots_in -= 1
         for side in (source, destination):
             side.look()
-            if self._is_source(side):
-                heapq.heappush(self._sources, _as_source(side))
-            elif self._is_destination(side):
-                bisect.insort(self._destinations, _as_destination(side))
+        if self._is_source(source):
+            heapq.heappush(self._sources, _as_source(source))
+        if self._is_destination(destination):
+            bisect.insort(self._destinations, _as_destination(destination))
         self._taken.add(RequestId(request.request_id))
         return _move(source, destination, request, gain, cause)
 
@@ -256,7 +272,8 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
         ),
     )
     pays = (
-        gain.destination_before - gain.source_before > params.margin_steps
+        gain.destination_after >= 0
+        and gain.destination_before - gain.source_before > params.margin_steps
         and gain.destination_after - gain.source_after > params.margin_steps
         and gain.source_after > gain.source_before
     )
@@ -264,15 +281,15 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
 
 
 def _may_pay(source: _Side, destination: _Side, num_blocks: int, params: RebalanceParams) -> bool:
-    """Whether the destination has room and would be freer than the source, after a request of that size had moved.
+    """Whether the destination would lack nothing and be freer than the source, after a request of that size had moved.
 
     As `_gain` tells it, without making the reports of afterwards: this is asked of every pair.
     """
     here, there = source.load, destination.load
-    if num_blocks > there.free_blocks:
-        return False
     freed = min(num_blocks, here.total_blocks - here.free_blocks)
     after = steps_left(destination.spare - num_blocks, there.num_running + 1, there.block_size)
+    if after < 0:
+        return False
     return after - steps_left(source.spare + freed, here.num_running - 1, here.block_size) > params.margin_steps
 
 

@@ -2,7 +2,7 @@
 
 Of instance i, with the coefficients of its step-time model (`steptime.py`) and what it last reported:
 
-    ahead  = tokens of the prompts that wait there or were sent since, and this request's own
+    ahead  = tokens of the prompts that wait there or were sent since, and this request's own that are not cached there
     steps  = ceil(ahead / (most tokens a step - running requests))       what decodes goes on beside the prefills
     TTFT   = room + steps * time(a step of ahead / steps prefill tokens beside the running batch) + prompts' attention
     room   = ends needed / running * expected output * time(a decode step)   until blocks and a place are free: the
@@ -66,13 +66,26 @@ class Attainment:
 
     ttft_s: Floats
     tpot_s: Floats
-    meets: Mask
+    within_ttft: Mask
+    """A request that has no such target is within it everywhere."""
+    within_tpot: Mask
     one_ends_s: Floats
 
+    @property
+    def meets(self) -> Mask:
+        return self.within_ttft & self.within_tpot
+
     def narrow(self, pool: Mask) -> Mask:
-        """Of `pool` those that meet the targets; all of it if none does."""
-        both = pool & self.meets
-        return both if bool(both.any()) else pool
+        """Of `pool` those that meet both targets; if none does, those that meet the TTFT, else the TPOT, else all.
+
+        A first token that came late stays late; what decodes too slowly may still be moved (`attain.py`). A target
+        that every one meets, or that the request has not, narrows nothing.
+        """
+        for mask in (self.meets, self.within_ttft, self.within_tpot):
+            some = pool & mask
+            if bool(some.any()):
+                return some
+        return pool
 
     def on(self, row: int) -> Predicted:
         return Predicted(
@@ -161,18 +174,21 @@ class Pace:
         )
 
     # ---- predictions, one value a member
-    def predicted_ttft_s(self, unseen: Floats, unseen_blocks: Floats, num_prompt_tokens: int) -> Floats:
-        """`unseen`, `unseen_blocks`: own dispatches that no report has seen yet, and their demand."""
+    def predicted_ttft_s(
+        self, unseen: Floats, unseen_blocks: Floats, num_prompt_tokens: int, saved_tokens: Floats | float = 0.0
+    ) -> Floats:
+        """`unseen`, `unseen_blocks`: own dispatches that no report has seen yet, and their demand. `saved_tokens`: how
+        much of the prompt's beginning a member has cached. That is not computed, but the rest attends to it."""
         of = self._columns
         sent_tokens = unseen_blocks * of["block_size"]
         before = of["waiting_tokens"] + sent_tokens
-        ahead = before + max(1, num_prompt_tokens)
+        ahead = before + np.maximum(1.0, num_prompt_tokens - saved_tokens)
         num_steps = np.maximum(1.0, np.ceil(ahead / of["prefill_room"]))
         wide = np.maximum(0.0, ahead - num_steps * of["narrow_room"])
         ttft_s: Floats = num_steps * of["decode_s"] + of["per_prefill_token"] * ahead + of["per_wide_token"] * wide
         # Prompts before it are taken to be of equal length: attention grows with the square of each.
-        pairs = before * before / np.maximum(2.0, 2.0 * (of["waiting"] + unseen)) + num_prompt_tokens**2 / 2.0
-        ttft_s += of["per_pair"] * pairs
+        pairs = before * before / np.maximum(2.0, 2.0 * (of["waiting"] + unseen))
+        ttft_s += of["per_pair"] * (pairs + (num_prompt_tokens**2 - saved_tokens**2) / 2.0)
         short_tokens = sent_tokens + (num_prompt_tokens + 1.0) - of["free_tokens"]
         ends = np.maximum(short_tokens * of["ends_per_token"], unseen + 1.0 - of["places_left"])
         ttft_s += np.maximum(0.0, ends) * of["one_ends_s"]
@@ -195,11 +211,13 @@ class Pace:
         assert np.array_equal(kept, self._table), "predictions rest on stale columns"
 
     # ---- a choice
-    def attainment(self, wanted: Wanted, unseen: Floats, unseen_blocks: Floats) -> Attainment:
+    def attainment(
+        self, wanted: Wanted, unseen: Floats, unseen_blocks: Floats, saved_tokens: Floats | float = 0.0
+    ) -> Attainment:
         """Which members are predicted to meet the targets."""
         targets = wanted.targets
-        ttft_s = self.predicted_ttft_s(unseen, unseen_blocks, wanted.num_prompt_tokens)
+        ttft_s = self.predicted_ttft_s(unseen, unseen_blocks, wanted.num_prompt_tokens, saved_tokens)
         tpot_s = self.predicted_tpot_s(unseen, unseen_blocks, wanted.num_prompt_tokens)
         within_ttft = ttft_s <= (math.inf if targets.ttft_s is None else targets.ttft_s)
         within_tpot = tpot_s <= (math.inf if targets.tpot_s is None else targets.tpot_s)
-        return Attainment(ttft_s, tpot_s, within_ttft & within_tpot, self._columns["one_ends_s"])
+        return Attainment(ttft_s, tpot_s, within_ttft, within_tpot, self._columns["one_ends_s"])

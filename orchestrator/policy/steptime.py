@@ -258,6 +258,10 @@ class StepTimes:
         learned = self._learned.get((instance, epoch))
         return None if learned is None else learned.model.coefficients
 
+    def check_integrity(self, members: Collection[tuple[InstanceId, Epoch]]) -> None:
+        """Raise AssertionError when it has learned of others than these."""
+        assert self._learned.keys() <= set(members), "models of instances that are gone"
+
     def prior(self) -> Floats | None:
         """The mean of the instances that are known well; None while none is. No coefficient is zero: a prior of nothing
         would deny a cost that those instances have just not met."""

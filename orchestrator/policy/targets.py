@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from instance.messages import RequestLoad
 
 MAX_TARGET_MS = 86_400_000.0
 """A day."""
@@ -29,6 +33,47 @@ class Targets:
 
 
 NO_TARGETS = Targets()
+
+
+# ---------------------------------------------------------------------- of a request as an instance reports it
+@dataclass(frozen=True, slots=True)
+class Tightest:
+    """Of all requests of an instance, at its report: two numbers tell whether any may miss. Infinite: none has one."""
+
+    tpot_s: float = math.inf
+    left_s: float = math.inf
+    """Until the first token of a request that waits for it is due, which is not past."""
+
+
+NOTHING_WANTED = Tightest()
+
+
+def tightest_of(requests: Iterable[RequestLoad]) -> Tightest:
+    tpot_s = left_s = math.inf
+    for request in requests:
+        if request.tpot_s is not None:
+            tpot_s = min(tpot_s, tpot_wanted_s(request))
+        if request.ttft_s is not None and (its_s := ttft_left_s(request)) > 0.0:
+            left_s = min(left_s, its_s)
+    return Tightest(tpot_s, left_s) if min(tpot_s, left_s) < math.inf else NOTHING_WANTED
+
+
+def tpot_wanted_s(request: RequestLoad) -> float:
+    """Infinite: it wants none, or something that is no time."""
+    wanted_s = request.tpot_s
+    return wanted_s if wanted_s is not None and wanted_s > 0.0 else math.inf
+
+
+def awaits_first_token(request: RequestLoad) -> bool:
+    return request.status == "waiting" and request.num_output_tokens == 0
+
+
+def ttft_left_s(request: RequestLoad) -> float:
+    """At its report; less than nothing: its first token is late. Infinite: it waits for none, or does not care."""
+    if request.ttft_s is None or not awaits_first_token(request):
+        return math.inf
+    left_s = request.ttft_s - request.waited_s - request.arrived_s
+    return left_s if left_s < math.inf else math.inf
 
 
 def parse_classes(text: str) -> dict[str, Targets]:

@@ -45,27 +45,29 @@ class OrchestratorActor:
         self._started = asyncio.Event()
 
     async def start(self, config: bytes) -> bytes:
-        """Start the loop and the admin API. Raises StartUpError when its port is taken, or without a token."""
+        """Start the loop and the admin API. Raises StartUpError when its port is taken, without a token, or when the
+        journal cannot be opened; nothing is left open then."""
         spec = msgspec.json.decode(config, type=OrchestratorSpec)
         log.set_up(spec.log_level)
         try:
             self._mailbox = Mailbox(spec.token)
         except ValueError as error:
             raise StartUpError(str(error)) from error
-        await self._mailbox.open(spec.host)
-        core = Orchestrator(core_params(spec))
-        self._journal = _journal(spec, core)
-        cluster = RayCluster(is_ours=False)
-        loop = OrchestratorLoop(
-            core,
-            cluster,
-            self._mailbox,
-            LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s),
-            self._journal,
-            _launcher(cluster, spec.scaling) if spec.scaling is not None else None,
-        )
-        self._server = AdminServer(loop, spec.admin_access)
-        address = await self._server.start(spec.admin_host, spec.admin_port)
+        try:
+            await self._mailbox.open(spec.host)
+            core = Orchestrator(core_params(spec))
+            cluster = RayCluster(is_ours=False)
+            launcher = _launcher(cluster, spec.scaling) if spec.scaling is not None else None
+            params = LoopParams(tick_s=spec.tick_s, migrate_timeout_s=spec.migrate_timeout_s)
+            loop = OrchestratorLoop(core, cluster, self._mailbox, params, launcher=launcher)
+            self._server = AdminServer(loop, spec.admin_access)
+            address = self._server.bind(spec.admin_host, spec.admin_port)
+            # Last of what can fail: it begins a part, which may cost the oldest one.
+            self._journal = loop.journal = _journal(spec, core)
+            await self._server.serve()
+        except BaseException:
+            await self.stop()
+            raise
         self._loop = loop
         self._running = asyncio.get_running_loop().create_task(loop.run())
         await asyncio.sleep(0)  # let `run` open its task group: what comes next starts tasks in it
@@ -124,6 +126,7 @@ def core_params(spec: OrchestratorSpec) -> CoreParams:
         dispatch=DispatchParams(rule=spec.dispatch, load=levels.load_params),
         drain=DrainParams(load=levels.load_params),
         levels=levels,
+        key_classes=tuple(sorted(spec.key_priorities)),
         is_rebalancing=spec.rebalance,
         max_migrations_out=spec.max_migrations,
         max_migrations_in=spec.max_migrations,

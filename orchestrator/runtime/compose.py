@@ -59,6 +59,8 @@ class Composition:
     admin_address: str
     token: str = field(repr=False)
     """The fleet's shared secret, for whoever starts a further member."""
+    spec: OrchestratorSpec = field(repr=False)
+    """What the orchestrator was started with."""
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -171,6 +173,7 @@ async def compose(
         journal_part_bytes=config.journal_part_mib << 20,
         journal_parts=config.journal_parts,
         priority_levels=config.priority_levels,
+        key_priorities=config.key_priorities,
         log_level=config.log_level,
         token=token,
         scaling=scaling_spec(config, specs[0], resources),
@@ -182,7 +185,7 @@ async def compose(
     for url in dict.fromkeys(seat.url for seat in gateway_seats):
         await checks.await_health(url, HEALTHY_S)
     cluster.note_processes()
-    return Composition(instance_seats, gateway_seats, orchestrator, started.admin_address, token)
+    return Composition(instance_seats, gateway_seats, orchestrator, started.admin_address, token, spec)
 
 
 async def _start_instance(

@@ -20,7 +20,8 @@ from orchestrator.effects import (
     Effect,
     EndRequest,
     FenceInstance,
-    Member,
+    KeyClassSet,
+    LevelSet,
     PolicyUpdated,
     Result,
     SetDraining,
@@ -29,6 +30,7 @@ from orchestrator.effects import (
     StartMigration,
     StopInstance,
     UpdateMembers,
+    UpdatePriorities,
     WithdrawMigration,
 )
 from orchestrator.errors import ActorGone, CallFailed, LimitExceeded, RefusalKind
@@ -48,11 +50,13 @@ from orchestrator.events import (
     WaiterGone,
 )
 from orchestrator.log import fields, logger
+from orchestrator.priority_classes import Priorities
 from orchestrator.runtime.cancelling import end_request, withdraw
 from orchestrator.runtime.journal import Journal, decided
 from orchestrator.runtime.keeper import InstanceKeeper, NoLauncher
 from orchestrator.runtime.migrating import migrate
 from orchestrator.runtime.ports import Fleet, Launcher
+from orchestrator.runtime.telling import GatewayTeller
 from orchestrator.state import Snapshot
 from orchestrator.tuning import Policy
 
@@ -94,26 +98,22 @@ class OrchestratorLoop:
         self._fleet = fleet
         self._mailbox = mailbox
         self._params = params
-        self._journal = journal
+        self.journal = journal
+        """Whoever opens it late sets it before `run`."""
         self._keeper = InstanceKeeper(launcher or NoLauncher(), self.handle)
         self._tasks: asyncio.TaskGroup | None = None
         self._is_over = False
         self._stopping = asyncio.Event()
         self._tokens = count(1)
         self._callers: dict[Token, asyncio.Future[Result]] = {}
-        self._told: UpdateMembers | None = None
-        """What gateways are to know."""
-        self._members_changed = asyncio.Event()
-        self._gateways_know = asyncio.Event()
-        self._gateways: dict[str, str] = {}
-        """Actor names of live gateways, by gateway."""
+        self._teller = GatewayTeller(fleet, params.call_timeout_s, params.retry_s)
 
     async def run(self) -> None:
         """Carry the core until `stop`. Raises what nobody expected."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                for routine in (self._receive(), self._subscribe(), self._tick(), self._tell_gateways()):
+                for routine in (self._receive(), self._subscribe(), self._tick(), self._teller.run()):
                     tasks.create_task(routine)
                 tasks.create_task(self._await_stop())
         except* _Stopped:
@@ -124,8 +124,8 @@ class OrchestratorLoop:
                 caller.cancel()
 
     async def until_gateways_know(self) -> None:
-        """Return once every gateway has been told who is there now."""
-        await self._gateways_know.wait()
+        """Return once every gateway has been told what holds now."""
+        await self._teller.until_known()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -136,6 +136,9 @@ class OrchestratorLoop:
 
     def policy(self) -> Policy:
         return self._core.policy()
+
+    def priorities(self) -> Priorities:
+        return self._core.priorities()
 
     async def ask(self, make: Callable[[Token], Event]) -> Result:
         """Put a command to the core and wait for its answer; a cancelled caller is forgotten there, too. Raises
@@ -157,7 +160,7 @@ class OrchestratorLoop:
     def handle(self, event: Event) -> None:
         """Give the core one event and carry out what it asks for."""
         now_s = self._now_s()
-        effects = decided(self._core, event, now_s, self._journal)
+        effects = decided(self._core, event, now_s, self.journal)
         self._watch(event)
         for effect in effects:
             self._carry_out(effect)
@@ -177,13 +180,13 @@ class OrchestratorLoop:
                 lost = (incarnation.instance, incarnation.epoch)
                 self._spawn(self._await_death(actor_name, lambda reason: InstanceLost(*lost, reason)), actor_name)
             case GatewayStarted(gateway=gateway, actor_name=actor_name):
-                self._gateways[gateway] = actor_name
+                self._teller.add(gateway, actor_name)
                 self._spawn(self._await_death(actor_name, lambda reason: GatewayLost(gateway, reason)), actor_name)
             case InstanceLost(instance=instance, epoch=epoch, reason=reason):
                 _log.warning("instance lost %s", fields(instance=instance, epoch=epoch, reason=reason))
             case GatewayLost(gateway=gateway, reason=reason):
                 _log.warning("gateway lost %s", fields(gateway=gateway, reason=reason))
-                self._gateways.pop(gateway, None)
+                self._teller.lost(gateway)
             case MigrationEnded():
                 _log.info(
                     "migration ended %s",
@@ -222,11 +225,8 @@ class OrchestratorLoop:
                     ),
                 )
                 self._spawn(self._set_priority(effect), f"priority-{effect.number}")
-            case UpdateMembers():
-                _log.info("members %s", fields(num=len(effect.members), reason=effect.reason))
-                self._told = effect
-                self._members_changed.set()
-                self._gateways_know.clear()
+            case UpdateMembers() | UpdatePriorities():
+                self._teller.update(effect)
             case FenceInstance():
                 for peer in effect.peers:
                     self._spawn(self._fence(effect, self._actor_name(peer)), f"fence-{effect.instance}-{peer}")
@@ -266,8 +266,8 @@ class OrchestratorLoop:
         self.handle(DrainingSet(effect.instance, effect.epoch, effect.draining, error))
 
     async def _end_request(self, effect: EndRequest) -> None:
-        inboxes = [member.incarnation.address for member in self._members]
-        gateways, timeout_s = tuple(self._gateways.values()), self._params.call_timeout_s
+        inboxes = [member.incarnation.address for member in self._teller.members]
+        gateways, timeout_s = self._teller.actor_names, self._params.call_timeout_s
         self.handle(await end_request(self._fleet, self._mailbox, effect, gateways, inboxes, timeout_s))
 
     async def _withdraw(self, effect: WithdrawMigration) -> None:
@@ -322,7 +322,7 @@ class OrchestratorLoop:
 
     async def _subscribe(self) -> None:
         while True:
-            for member in self._members:
+            for member in self._teller.members:
                 self._subscribe_to(member.incarnation.address)
             await asyncio.sleep(self._params.subscribe_s)
 
@@ -334,34 +334,9 @@ class OrchestratorLoop:
             await asyncio.sleep(self._params.tick_s)
             self.handle(Ticked())
 
-    @property
-    def _members(self) -> tuple[Member, ...]:
-        return self._told.members if self._told is not None else ()
-
-    async def _tell_gateways(self) -> None:
-        """Push the latest membership to all gateways, one push at a time so that no older one overtakes a newer one."""
-        while True:
-            await self._members_changed.wait()
-            self._members_changed.clear()
-            told = self._told
-            if told is not None:
-                await asyncio.gather(*(self._tell(actor_name, told) for actor_name in self._gateways.values()))
-            if not self._members_changed.is_set():
-                self._gateways_know.set()
-
-    async def _tell(self, actor_name: str, told: UpdateMembers) -> None:
-        try:
-            await self._fleet.set_members(actor_name, told, self._params.call_timeout_s)
-        except ActorGone:
-            return  # its death notice is on its way
-        except CallFailed as error:
-            _log.warning("gateway not told %s", fields(gateway=actor_name, reason=error))
-            await asyncio.sleep(self._params.retry_s)
-            self._members_changed.set()
-
     # ------------------------------------------------------------------ small things
     def _actor_name(self, instance: str) -> str:
-        return next((item.actor_name for item in self._members if item.incarnation.instance == instance), "")
+        return next((item.actor_name for item in self._teller.members if item.incarnation.instance == instance), "")
 
     def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:
         if self._tasks is None:
@@ -375,7 +350,11 @@ class OrchestratorLoop:
 
 
 def _audit(result: Result) -> None:
-    """A change of the policy is logged with its values; the journal has it with the command."""
+    """A change of the policy or of priorities is logged with its values; the journal has it with the command."""
+    if isinstance(result, KeyClassSet | LevelSet) and not result.validate_only:
+        now = result.priority if isinstance(result, KeyClassSet) else result.level
+        if now != result.previous:
+            _log.info("priorities changed %s", fields(change=result.change))
     if isinstance(result, PolicyUpdated) and not result.validate_only:
         for path, before, after in result.changes:
             _log.info("policy changed %s", fields(parameter=path, before=before, after=after))

@@ -7,7 +7,7 @@ from typing import Protocol
 from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import UpdateMembers
+from orchestrator.effects import UpdateMembers, UpdatePriorities
 from orchestrator.events import InstanceStarted
 
 
@@ -36,6 +36,9 @@ class Fleet(Protocol):
 
     async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
         """Tell a gateway who is there, how many gateways dispatch to them, and how."""
+
+    async def set_priorities(self, actor_name: str, told: UpdatePriorities, timeout_s: float) -> None:
+        """Tell a gateway the levels, and the classes of API keys."""
 
     async def wait_dead(self, actor_name: str) -> str:
         """Return, with the reason in one line, once the actor's process is gone."""

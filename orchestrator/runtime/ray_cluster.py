@@ -21,7 +21,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RaySy
 from instance.spec import InstanceSpec, InstanceStarted, MigrationSummary
 from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import UpdateMembers
+from orchestrator.effects import UpdateMembers, UpdatePriorities
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.gateway import spec as gateway_spec
 from orchestrator.runtime.reaper import Reaper
@@ -107,6 +107,9 @@ class RayCluster:
         self._is_ours = is_ours
         self._reaper: Reaper | None = None
         self._handles: dict[str, ActorHandle] = {}
+        """Of the actors made or called last, by name."""
+        self._gone: set[str] = set()
+        """Names whose actor is known to be gone: a call looks them up anew, since another one may have the name."""
 
     @classmethod
     def start_local(cls, num_instances: int) -> RayCluster:
@@ -172,6 +175,7 @@ class RayCluster:
         always = {"name": name, "lifetime": "detached", "max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
         try:
             self._handles[name] = remote_class.options(**always, **options).remote()
+            self._gone.discard(name)
         except ValueError as error:
             if "already taken" in str(error):
                 raise StartUpError(f"an actor named {name} is there already: stop the kvferry that runs it") from error
@@ -201,14 +205,15 @@ class RayCluster:
 
     async def stop_actor(self, actor_name: str, timeout_s: float) -> None:
         """Ask it to stop, then end its process either way."""
-        with suppress(ActorGone, CallFailed):  # killed next
-            await self._call(actor_name, "stop", timeout_s)
+        if actor_name not in self._gone:
+            with suppress(ActorGone, CallFailed):  # killed next
+                await self._call(actor_name, "stop", timeout_s)
         self.kill(actor_name)
 
     def kill(self, actor_name: str) -> None:
-        """End the process at once; unknown or dead actors are ignored."""
+        """End the process at once, that of the actor called last; unknown or dead actors are ignored."""
         try:
-            ray.kill(self._handle(actor_name), no_restart=True)
+            ray.kill(self._handles.get(actor_name) or self._handle(actor_name), no_restart=True)
         except (ActorGone, RayError):
             return
 
@@ -293,28 +298,44 @@ class RayCluster:
         membership = gateway_spec.Membership(members, told.num_gateways, told.dispatch)
         await self._call(actor_name, "set_members", timeout_s, msgspec.json.encode(membership))
 
+    async def set_priorities(self, actor_name: str, told: UpdatePriorities, timeout_s: float) -> None:
+        now = gateway_spec.PrioritiesNow(told.levels.levels, told.key_classes)
+        await self._call(actor_name, "set_priorities", timeout_s, msgspec.json.encode(now))
+
     async def wait_dead(self, actor_name: str) -> str:
         try:
-            reason = await why_over(self._handle(actor_name))
+            handle = self._handle(actor_name)
         except ActorGone as error:
             return str(error)
+        reason = await why_over(handle)
         if reason != STOPPED:  # who stopped it ends its process, too, when it has cleaned up
-            self.kill(actor_name)  # before anybody is told: a cut off process may still run
+            with suppress(RayError):  # before anybody is told: a cut off process may still run
+                ray.kill(handle, no_restart=True)  # not by name, which may be another one's by now
+            self._note_gone(actor_name, handle)
         return reason
 
     async def _call(self, actor_name: str, method: str, timeout_s: float, *arguments: object) -> bytes:
         # By name, as the port says which actor; the methods are those of the actor classes, three lines away from here.
-        answer = getattr(self._handle(actor_name), method).remote(*arguments)
-        return await settled(answer, timeout_s)
+        handle = self._handle(actor_name)
+        try:
+            return await settled(getattr(handle, method).remote(*arguments), timeout_s)
+        except ActorGone:
+            self._note_gone(actor_name, handle)
+            raise
+
+    def _note_gone(self, actor_name: str, handle: ActorHandle) -> None:
+        if self._handles.get(actor_name) is handle:
+            self._gone.add(actor_name)
 
     def _handle(self, actor_name: str) -> ActorHandle:
         handle = self._handles.get(actor_name)
-        if handle is None:
+        if handle is None or actor_name in self._gone:
             try:
                 handle = ray.get_actor(actor_name, namespace=NAMESPACE)
             except ValueError as error:
                 raise ActorGone(f"no actor is named {actor_name}") from error
             self._handles[actor_name] = handle
+            self._gone.discard(actor_name)
         return handle
 
 

@@ -75,6 +75,8 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     max_migrations: int = 2
     """In and out per instance."""
     priority_levels: str = DEFAULT_LEVELS
+    key_priorities: tuple[tuple[str, int], ...] = ()
+    """(SHA-256 of an API key in hexadecimal, priority of its class), as gateways are started with."""
     migrate_timeout_s: float = 3600.0
     journal: str = ""
     """File of events and decisions; none when empty."""
@@ -85,6 +87,20 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     """Shared secret of the fleet, as the instances have it; never empty, never logged."""
     scaling: ScalingSpec | None = None
     """None: the number of instances stays as it is."""
+
+
+EPOCHS_OF_A_LIFE = 1 << 24
+"""So many epochs one orchestrator may give to the instances that it starts."""
+
+
+def successor(spec: OrchestratorSpec, *, rebalance: bool, dispatch: Rule | None = None) -> OrchestratorSpec:
+    """Of an orchestrator that takes over from one that was started with `spec`, and steers like this; `dispatch` None:
+    as that one was told to. It gives no epoch that the other one may have given."""
+    scaling = spec.scaling
+    if scaling is not None:
+        scaling = msgspec.structs.replace(scaling, first_epoch=scaling.first_epoch + EPOCHS_OF_A_LIFE)
+    rule = spec.dispatch if dispatch is None else dispatch
+    return msgspec.structs.replace(spec, rebalance=rebalance, dispatch=rule, scaling=scaling)
 
 
 class OrchestratorStarted(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from instance.fake_model import FakeRequest, FakeState, encode_fake, expected_ou
 from instance.fake_scheduler import FakeConfig
 from instance.types import Submission
 from migration.types import NotStopped, RequestId, StoppedRequest
+from tests.contract.cached_suite import CachedContract
 from tests.contract.engine_suite import EngineContract
 from tests.support.fake import FakeKit, prompt_of
 from tests.support.pair import EnginePair, Refused, Sabotage, Shape
@@ -48,6 +49,18 @@ class TestFakeEngineInSmallChunks(EngineContract):
     @pytest.fixture
     def pair(self) -> Iterator[EnginePair]:
         yield from pair_of(dataclasses.replace(PLAIN, max_num_batched_tokens=64))
+
+
+class TestWhatTheFakeEngineHasCached(CachedContract):
+    @pytest.fixture(params=[{}, {"max_num_batched_tokens": 64}, {"is_pipelined": True}], ids=str)
+    def pair(self, request: pytest.FixtureRequest) -> Iterator[EnginePair]:
+        yield from pair_of(dataclasses.replace(PLAIN, **request.param))
+
+
+def test_without_a_prefix_cache_nothing_is_ever_told() -> None:
+    (pair,) = pair_of(dataclasses.replace(PLAIN, prefix_cache=False))
+    pair.run_alone(pair.first, Shape(50, 2))
+    assert pair.first.take_cached_changes() is None
 
 
 @pytest.fixture

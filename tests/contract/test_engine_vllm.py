@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.contract.cached_suite import CachedContract
 from tests.contract.engine_suite import EngineContract
 from tests.support.pair import EnginePair
 
@@ -29,7 +30,11 @@ class TestVllmEngine(EngineContract):
     """The shared suite, over two engines in this process."""
 
 
-class TestVllmEngineThatSchedulesAsynchronously(EngineContract):
+class TestWhatVllmHasCached(CachedContract):
+    """The shared suite of the prefix cache, over the same engines."""
+
+
+class TestVllmEngineThatSchedulesAsynchronously(EngineContract, CachedContract):
     """As engines on GPUs do: a step gives out the outputs of the step before."""
 
     @pytest.fixture

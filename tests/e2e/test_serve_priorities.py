@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from orchestrator.gateway.priorities import key_digest
 from tests.support.model import tiny_model_path
 from tests.support.moved_streams import MODEL, owners_of, text_of
 from tests.support.serving import Serving
@@ -83,3 +84,18 @@ async def test_header_and_key_reach_the_engine_as_ranks(serving: Serving) -> Non
             assert (await answering).status_code == 200
         refused = await http.post("/completions", json=body, headers={"x-kvferry-priority": "urgent"})
         assert refused.status_code == 400 and "give a level (high, normal)" in json.dumps(refused.json())
+
+
+async def test_a_key_that_gets_another_class_while_it_serves_has_it_from_the_next_request_on(serving: Serving) -> None:
+    digest = key_digest(b"vip-key")
+    async with httpx.AsyncClient(base_url=serving.base_url, timeout=60) as http:
+        body = {"model": MODEL, "prompt": "Once", "max_tokens": 600, "ignore_eos": True}
+        for level, rank in (("normal", 0), ("-4", -4)):
+            done = await asyncio.to_thread(serving.command, "priority-key", level, "--digest", f"sha256:{digest}")
+            assert done.status == 0 and done.out.startswith(f"key sha256:{digest[:12]}"), done
+            asked = {"authorization": "Bearer vip-key", "x-request-id": f"vip{rank}"}
+            answering = asyncio.create_task(http.post("/completions", json=body, headers=asked))
+            await owners_of(serving, f"vip{rank}")
+            listed = (await asyncio.to_thread(serving.status))["requests"]
+            assert [item["priority"] for item in listed if f"vip{rank}" in item["external_id"]] == [rank]
+            assert (await answering).status_code == 200

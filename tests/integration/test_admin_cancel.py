@@ -24,8 +24,9 @@ from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
 from orchestrator.admin.server import AdminServer
 from orchestrator.core import Orchestrator
-from orchestrator.effects import UpdateMembers
+from orchestrator.effects import UpdateMembers, UpdatePriorities
 from orchestrator.events import GatewayStarted, InstanceStarted
+from orchestrator.gateway.priorities import PriorityRules
 from orchestrator.gateway.service import GatewayService
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.gateway.spec import Member as GatewayMember
@@ -74,6 +75,9 @@ class HereFleet:
     async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
         members = (one.incarnation for one in told.members)
         self._gateway.set_members(GatewayMember(one.instance, one.epoch, one.address) for one in members)
+
+    async def set_priorities(self, actor_name: str, told: UpdatePriorities, timeout_s: float) -> None:
+        self._gateway.set_priorities(PriorityRules(told.levels, dict(told.key_classes)))
 
     async def wait_dead(self, actor_name: str) -> str:
         await asyncio.Event().wait()

@@ -15,10 +15,10 @@ import pytest_asyncio
 
 from orchestrator.gateway.errors import GatewayError
 from orchestrator.gateway.http import check_port_free
-from orchestrator.gateway.priorities import key_digest
-from orchestrator.gateway.service import GatewayService
+from orchestrator.gateway.service import GatewayService, keep_alive_s
 from orchestrator.gateway.spec import GatewayConfig
 from orchestrator.gateway.types import RouterParams
+from orchestrator.policy.dispatch import DispatchParams
 from tests.support.fleet import TOKEN
 from tests.support.scripted_instance import ScriptedInstance, encode_for_script, expected_tokens
 from tests.support.word_model import make_word_model, words
@@ -73,7 +73,8 @@ def config(model: Path, **changes: Any) -> GatewayConfig:
 @pytest_asyncio.fixture
 async def front(model: Path) -> AsyncIterator[Front]:
     instances = [await ScriptedInstance("a").open(), await ScriptedInstance("b").open()]
-    params = RouterParams(dispatch_timeout_s=0.5, orphan_grace_s=0.1)
+    # Without slow start: two idle instances are equal from the first, however far apart their first reports came.
+    params = RouterParams(DispatchParams(slow_start_s=0.0), dispatch_timeout_s=0.5, orphan_grace_s=0.1)
     service = GatewayService(params, encode_for_script)
     started = await service.start(config(model))
     it = Front(service, started.url, instances)
@@ -217,52 +218,6 @@ async def test_the_request_id_is_echoed_and_reaches_the_instance(front: Front) -
         assert made != bad and len(made) == 32
 
 
-async def test_priority_comes_from_the_body_or_the_header(front: Front) -> None:
-    payload = {"model": MODEL, "prompt": "w5", "max_tokens": 2}
-    urgent = {"x-kvferry-priority": "-3"}
-    await front.http.post("/v1/completions", json=payload | {"priority": 4})
-    await front.http.post("/v1/completions", json=payload, headers=urgent)
-    await front.http.post("/v1/completions", json=payload)
-    submits = sorted(front.a.submitted + front.b.submitted, key=lambda one: one.priority)
-    assert [one.priority for one in submits] == [-3, 0, 4]
-    response = await front.http.post("/v1/completions", json=payload, headers={"x-kvferry-priority": "urgent"})
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"] == "x-kvferry-priority"
-    assert "give a level (high, normal, low) or a whole number" in error["message"]
-    response = await front.http.post("/v1/completions", json=payload | {"priority": 2**31})
-    assert response.status_code == 400 and "priority is 2147483648" in response.json()["error"]["message"]
-    assert len(front.a.submitted + front.b.submitted) == 3, "none of these was sent"
-    elsewhere = {"x-llm-d-inference-objective": "of another server"}
-    assert (await front.http.post("/v1/completions", json=payload, headers=elsewhere)).status_code == 200
-
-
-async def test_levels_and_classes_of_keys_are_those_of_the_configuration(model: Path) -> None:
-    instance = await ScriptedInstance("a").open()
-    service = GatewayService(None, encode_for_script)
-    keys = ((key_digest(b"vip-key"), -20),)
-    started = await service.start(config(model, priority_levels="vip:-20:64,bulk:5", key_priorities=keys))
-    front = Front(service, started.url, [instance, instance])
-    try:
-        await front.has_joined(instance)
-        payload = {"model": MODEL, "prompt": "w5", "max_tokens": 2}
-        for headers in (
-            {"x-kvferry-priority": "bulk"},
-            {"x-llm-d-inference-objective": "vip"},
-            {"authorization": "Bearer vip-key"},
-            {"authorization": "Bearer vip-key", "x-kvferry-priority": "bulk"},
-            {"authorization": "Bearer vip-key", "x-kvferry-priority": "-99"},
-            {"authorization": "Bearer another"},
-        ):
-            assert (await front.http.post("/v1/completions", json=payload, headers=headers)).status_code == 200
-        assert [one.priority for one in instance.submitted] == [5, -20, -20, 5, -20, 0]
-    finally:
-        await front.http.aclose()
-        await front.openai.close()
-        await service.stop()
-        await instance.close()
-
-
 async def test_the_rest_of_vllms_surface_is_there(front: Front) -> None:
     models = await front.openai.models.list()
     assert [one.id for one in models.data] == [MODEL]
@@ -372,6 +327,27 @@ async def test_a_mistake_in_the_arguments_is_one_clear_line(model: Path, argv: t
 async def test_a_gateway_without_the_fleets_token_does_not_start(model: Path) -> None:
     with pytest.raises(GatewayError, match="token is empty"):
         await GatewayService().start(config(model, token=""))
+
+
+def test_an_idle_connection_is_kept_longer_than_clients_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", raising=False)
+    assert keep_alive_s() > (httpx.Limits().keepalive_expiry or 0.0) >= 5.0
+
+
+async def test_an_idle_connection_is_kept_as_long_as_was_chosen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "1")
+    service = GatewayService()
+    started = await service.start(config(model))
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(started.url.rsplit(":", 1)[1]))
+        writer.write(b"GET /live HTTP/1.1\r\nhost: here\r\n\r\n")
+        async with asyncio.timeout(20):
+            assert (await reader.read()).startswith(b"HTTP/1.1 200"), (
+                "and then the end, though the client keeps it open"
+            )
+        writer.close()
+    finally:
+        await service.stop()
 
 
 async def test_stopping_ends_open_streams_within_three_seconds_and_frees_the_port(front: Front, model: Path) -> None:

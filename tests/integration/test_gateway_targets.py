@@ -56,6 +56,24 @@ async def test_one_that_asked_to_be_rejected_gets_a_429_with_the_reason_and_when
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("many", [{"n": 2}, {"prompt": ["w5", "w6"], "n": 2}])
+@pytest.mark.parametrize("reason", ["slo_ttft", "busy"])
+async def test_several_answers_to_one_request_are_rejected_as_one(
+    front: Front, stream: bool, many: dict[str, object], reason: str
+) -> None:
+    if reason == "busy":
+        front.a.refusal = front.b.refusal = "the queue is full"
+        headers = OR_NOT
+    else:
+        await paced(front, SLOW, SLOW)
+        headers = SOON | OR_NOT
+    response = await front.http.post("/v1/completions", json=PAYLOAD | many | {"stream": stream}, headers=headers)
+    assert (response.status_code, response.headers.get("x-kvferry-reason")) == (429, reason)
+    assert response.headers["retry-after"] == "1" and response.json()["error"]["message"].endswith("please retry later")
+    await eventually(lambda: front.num_requests == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_one_that_did_not_is_served_late_rather_than_never(front: Front, stream: bool) -> None:
     await paced(front, SLOW, SLOW)
     response = await front.http.post("/v1/completions", json=PAYLOAD | {"stream": stream}, headers=SOON)

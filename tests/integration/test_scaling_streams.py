@@ -14,7 +14,7 @@ from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.core import Orchestrator
-from orchestrator.effects import ScalingSet, UpdateMembers
+from orchestrator.effects import ScalingSet, UpdateMembers, UpdatePriorities
 from orchestrator.errors import ActorGone
 from orchestrator.events import InstanceStarted, ScaleRequested
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
@@ -64,6 +64,9 @@ class InProcess:
         self._service(actor_name).member_lost(instance, epoch)
 
     async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
+        raise AssertionError("no gateway is told of here")
+
+    async def set_priorities(self, actor_name: str, told: UpdatePriorities, timeout_s: float) -> None:
         raise AssertionError("no gateway is told of here")
 
     async def set_priority(self, actor_name: str, request_id: str, priority: int, timeout_s: float) -> PriorityAnswer:

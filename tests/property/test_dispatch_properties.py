@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instance.messages import LoadReport
+from instance.messages import ALL_CACHED, LoadReport
 from migration.types import Epoch, InstanceId
 from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, NoChoice, Rule
 from orchestrator.policy.load import LoadParams
 from tests.support.idle_report import report
 from tests.support.slow_dispatch import choose_instance
+from tests.support.slow_prefixes import SlowIndex, cached_blocks
 
 PARAMS = DispatchParams()
 NUM_VIEWS = 10_000
-WITH_HEADROOM = DispatchParams(load=LoadParams(headroom_blocks=((-1, 20), (3, 7))), slow_start_s=0.0)
+WITH_HEADROOM = DispatchParams(load=LoadParams(headroom_blocks=((-1, 20), (3, 7))), slow_start_s=0.0, prefix_weight=2.5)
 
 
 @st.composite
@@ -168,43 +169,55 @@ def test_round_robin_takes_turns_whatever_the_load(names: list[str], num_choices
 
 
 def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:
-    """Members come, go and restart, report, get requests, refuse them; time passes. After each of these both agree.
-    Not hypothesis: it takes a minute to draw so many."""
+    """Members come, go and restart, report, get requests, refuse them, say what they have cached; time passes. After
+    each of these both agree. Not hypothesis: it takes a minute to draw so many."""
     rng = random.Random(20261121)
-    num_choices = 0
+    num_choices = num_affine = 0
     for params in (PARAMS, WITH_HEADROOM):
         book = DispatchBook(params, max_unseen=4, unseen_for_s=5.0)
+        index = SlowIndex()
         epochs: dict[InstanceId, int] = {}
         now_s = 0.0
         for _ in range(NUM_VIEWS // 2):
             name = InstanceId(rng.choice("abcdef"))
-            match rng.choices(["report", "dispatch", "refuse", "wait", "members"], [8, 8, 2, 2, 1])[0]:
+            match rng.choices(["report", "dispatch", "refuse", "wait", "cached", "members"], [8, 8, 2, 2, 2, 1])[0]:
                 case "report":
                     book.on_report(random_report(rng, name, epochs.get(name, 0)), now_s)
                 case "dispatch" if name in epochs:
                     book.on_dispatched(name, rng.randint(0, 60), now_s)
                 case "refuse":
                     book.on_not_taken(name, Epoch(epochs.get(name, 0)), rng.randint(1, 40))
+                case "cached":
+                    cached = rng.sample(range(60), rng.randint(0, 50))
+                    message = cached_blocks(name, ALL_CACHED, 9, cached, epoch=epochs.get(name, 0))
+                    book.on_cached(message)
+                    index.on_cached(message)
                 case "members":
                     epochs = {known: epoch for known, epoch in epochs.items() if rng.random() < 0.9}
                     epochs[name] = epochs.get(name, 0) + rng.randint(0, 1)
                     num_gateways = rng.choice([None, 1, 3])
                     book.set_members([(known, Epoch(epoch)) for known, epoch in epochs.items()], num_gateways)
+                    index.set_members(list(epochs.items()))
                 case _:
                     now_s += rng.choice([0.1, 1.0, 2.9, 3.0, 3.1, 5.1])
             demand = rng.randint(0, 250)
             excluded = {InstanceId(other) for other in rng.sample("abcdefg", rng.choice([0, 0, 0, 1, 3]))}
+            prefix = tuple(rng.sample(range(60), rng.choice([0, min(demand, 40)])))
+            saved = {known: count for known in epochs if (count := index.saved_blocks(known, prefix))}
+            held = {InstanceId(known): len(hashes) for known, hashes in index.hashes.items()}
             fast, slow = (
-                book.choose(demand, now_s, excluded),
-                choose_instance(book.view(now_s), demand, params, excluded),
+                book.choose(demand, now_s, excluded, prefix=prefix),
+                choose_instance(book.view(now_s), demand, params, excluded, saved, held),
             )
             if isinstance(slow, NoChoice):
                 assert isinstance(fast, NoChoice) and fast.any_serving == slow.any_serving
             else:
                 assert fast == slow
                 num_choices += 1
+                num_affine += slow.instance in saved
             book.check_integrity()
     assert num_choices > NUM_VIEWS // 2, "most views have somebody to choose"
+    assert num_affine > NUM_VIEWS // 20, "and many have something of the prompt where it goes"
 
 
 def random_report(rng: random.Random, name: str, epoch: int) -> LoadReport:

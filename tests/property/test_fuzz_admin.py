@@ -19,13 +19,17 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message import Message
 
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
+from orchestrator.admin.pb.kvferry.admin.v1 import priorities_pb2
 from tests.support.admin_world import NAMES, World, admin_world
 
 NUM_CALLERS = 16
 UNDRAIN_EVERY = 25
 CALL_S = 5.0
 BROKEN = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS})
-METHODS: tuple[MethodDescriptor, ...] = tuple(pb.DESCRIPTOR.services_by_name["AdminService"].methods)
+METHODS: tuple[MethodDescriptor, ...] = (
+    *pb.DESCRIPTOR.services_by_name["AdminService"].methods,
+    *priorities_pb2.DESCRIPTOR.services_by_name["PriorityService"].methods,
+)
 TEXTS = (
     *("", "policy", "*", "rebalance", "rebalance.max_moves", "max_migrations_in", "name", "id-1", "id-2"),
     *("instances/instance-0", "instances/instance-1", "instance-1", "instances/", "instances/a/b", "requests/cmpl-1"),
@@ -37,6 +41,9 @@ FITTING = {
     "Instance": ("instances/instance-0", "instances/instance-1"),
     "Migration": ("migrations/1", "migrations/2"),
     "Request": ("requests/cmpl-1", "requests/cmpl-2"),
+    "Level": ("high", "normal", "low"),
+    "key_sha256": ("a" * 64, "B" * 64),
+    "level": ("high", "normal", "-3"),
 }
 """Names that exist, by what is in the field's or its message's name."""
 NUMBERS = (0, 1, -1, 2, 3, 7, 1000, 10_000, 2**31 - 1, -(2**31))

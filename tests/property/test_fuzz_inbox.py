@@ -20,6 +20,7 @@ from instance.fake_scheduler import FakeConfig
 from instance.mailbox import WIRE_VERSION, decode, encode
 from instance.messages import (
     Abort,
+    CachedBlocks,
     FleetMessage,
     Frame,
     MigrationEnvelope,
@@ -53,6 +54,8 @@ MESSAGES: tuple[FleetMessage, ...] = (
     SubmitAnswer("r", "i0", 1, "no", True),
     Abort(("a", "b", "c")),
     Subscribe(HERE, 5.0, True),
+    Subscribe(HERE, 5.0, cached_from=3),
+    CachedBlocks("i0", 1, 16, 0, 2, b"\x01" * 8, b"\x02" * 8),
     LOAD,
     Frame("i0", 1, 8, 0.5, (OutputEntry("r", 0, (1, 2, 3)), OutputEntry("s", 9, (4,), 1, "stop", (b"x",))), LOAD),
     RequestReport("i0", 1, 8, (request_load("r"),)),

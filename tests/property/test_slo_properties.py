@@ -68,13 +68,16 @@ def test_predictions_are_those_of_the_formula_step_by_step(data: st.DataObject) 
     unseen = [data.draw(st.integers(0, 5)) for _ in NAMES]
     blocks = [count * data.draw(st.integers(1, 40)) for count in unseen]
     prompt = data.draw(st.integers(0, 9000))
+    saved = [data.draw(st.integers(0, prompt)) for _ in NAMES]
     columns = np.array(unseen, dtype=float), np.array(blocks, dtype=float)
-    ttft_s = pace.predicted_ttft_s(*columns, prompt)
+    ttft_s = pace.predicted_ttft_s(*columns, prompt, np.array(saved, dtype=float))
     tpot_s = pace.predicted_tpot_s(*columns, prompt)
     for row, one in enumerate(reports):
         learned = pace.times.coefficients(InstanceId(one.instance), Epoch(1))
         per = [0.0] * 6 if learned is None else [float(value) for value in learned]
-        slow_s = predicted_ttft_s(one, per, unseen[row], blocks[row], prompt, OUTPUT)
+        slow_s = predicted_ttft_s(
+            one, per, unseen[row], blocks[row], prompt, expected_output_tokens=OUTPUT, saved_tokens=saved[row]
+        )
         assert ttft_s[row] == pytest.approx(slow_s, rel=1e-9, abs=1e-12)
         slow_s = predicted_tpot_s(one, per, unseen[row], blocks[row], prompt)
         assert tpot_s[row] == pytest.approx(slow_s, rel=1e-9, abs=1e-12)
@@ -100,8 +103,14 @@ def test_one_that_is_predicted_to_meet_the_targets_is_chosen_before_all_others(d
     eligible = [row for row, name in enumerate(NAMES) if name not in excluded]
     eligible = [row for row in eligible if large_enough[row]] or eligible
     assert found.predicted.meets == any(attainment.meets[row] for row in eligible)
+    chosen = next(row for row, name in enumerate(NAMES) if name == found.instance)
     if not found.predicted.meets:
-        assert found.instance == plain.instance, "nobody can: the freest"
+        in_ttft = [bool(attainment.within_ttft[row]) for row in eligible]
+        in_tpot = [bool(attainment.within_tpot[row]) for row in eligible]
+        assert attainment.within_ttft[chosen] == any(in_ttft)
+        assert attainment.within_tpot[chosen] == (any(in_tpot) and not any(in_ttft))
+        if any(in_ttft) in (all(in_ttft), False) and any(in_tpot) == all(in_tpot):
+            assert found.instance == plain.instance, "none is better than another: the freest"
     assert plain.predicted is None and found.instance not in excluded
 
 
@@ -119,6 +128,27 @@ def test_without_the_attainment_the_freest_is_chosen_though_it_is_too_slow() -> 
     )
     assert isinstance(for_any, Choice) and isinstance(for_soon, Choice)
     assert (for_any.instance, for_soon.instance) == ("a", "b")
+
+
+def test_where_no_instance_meets_both_targets_the_one_that_can_be_met_counts() -> None:
+    book = DispatchBook()
+    book.set_members([(InstanceId(name), Epoch(1)) for name in "abc"])
+    slow = StepTotals(100, 0, 800, 0, 800, 80_000, 0, 100.0)
+    fast = StepTotals(100, 0, 800, 0, 800, 80_000, 0, 1.0)
+    busy: dict[str, object] = {"num_waiting": 8, "waiting_blocks": 300, "head_of_line_blocks": 8, "max_step_tokens": 16}
+    book.on_report(report("a", free_blocks=100, steps=slow), 0.0)  # the freest; a second a step
+    book.on_report(report("b", free_blocks=80, num_running=2, steps=fast, **busy), 0.0)  # fast, but many wait there
+    book.on_report(report("c", free_blocks=60, num_running=2, steps=slow), 0.0)
+    for targets, chosen in (
+        (Targets(tpot_s=0.5), "b"),
+        (Targets(ttft_s=1e-6, tpot_s=0.5), "b"),
+        (Targets(ttft_s=2.0, tpot_s=1e-6), "a"),
+        (Targets(ttft_s=1e-6, tpot_s=1e-6), "a"),
+    ):
+        found = book.choose(2, 0.0, (), Wanted(20, targets))
+        assert isinstance(found, Choice) and found.instance == chosen, targets
+    only_first = book.pace.attainment(Wanted(20, Targets(2.0, 0.5)), np.zeros(3), np.zeros(3))
+    assert not only_first.meets.any() and list(only_first.narrow(np.array([True] * 3))) == list(only_first.within_ttft)
 
 
 # ---- admission

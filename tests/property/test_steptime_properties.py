@@ -41,6 +41,7 @@ STEADY, SUDDEN = (Observation((1.0, 1.0, 0.0, 1.0, 1.0, 0.0), seconds, False) fo
 
 @settings(max_examples=25)
 @example(rows=[*[STEADY] * 7, SUDDEN, SUDDEN], prior=None, params=SHORT)
+@example(rows=[SUDDEN, *[STEADY] * 8], prior=None, params=SHORT)
 @given(st.lists(observations(), min_size=1, max_size=9), priors, st.sampled_from([SHORT, StepTimeParams()]))
 def test_it_estimates_what_the_slow_least_squares_does(rows: list[Observation], prior: object, params: object) -> None:
     assert isinstance(params, StepTimeParams)

@@ -16,10 +16,12 @@ from migration.types import Epoch, Incarnation, InstanceId
 from orchestrator.access import ServerAccess
 from orchestrator.admin.idempotency import RepetitionParams
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2_grpc as pb_grpc
+from orchestrator.admin.pb.kvferry.admin.v1.priorities_pb2_grpc import PriorityServiceStub
 from orchestrator.admin.server import AdminServer
 from orchestrator.admin.watching import WatchParams
 from orchestrator.core import Orchestrator
 from orchestrator.events import GatewayStarted, InstanceStarted, ReportReceived, RequestsReceived
+from orchestrator.runtime.journal import Journal
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
 from orchestrator.state import CoreParams
 from tests.support.fake_cluster import FakeCluster
@@ -37,6 +39,10 @@ class Terms:
     repetitions: RepetitionParams | None = None
     watching: WatchParams | None = None
     core: CoreParams = CoreParams()  # noqa: RUF009 - frozen
+    made: Orchestrator | None = None
+    """A core that is there already."""
+    journal: Journal | None = None
+    """Of that core; closed at the end."""
 
 
 class World:
@@ -46,6 +52,7 @@ class World:
         self.loop, self.cluster, self.server, self.address = loop, cluster, server, address
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = pb_grpc.AdminServiceStub(self.channel)
+        self.priorities = PriorityServiceStub(self.channel)
         self._step = 1
 
     def reports(self, instance: str, *request_ids: str, step: int = 1, state: str = "serving") -> None:
@@ -69,8 +76,8 @@ async def admin_world(terms: Terms | None = None) -> AsyncIterator[World]:
     cluster, mailbox = FakeCluster(), Mailbox("test")
     await mailbox.open()
     params = LoopParams(tick_s=0.02)
-    core = Orchestrator(terms.core)
-    loop = OrchestratorLoop(core, cluster, mailbox, params)
+    core = terms.made or Orchestrator(terms.core)
+    loop = OrchestratorLoop(core, cluster, mailbox, params, terms.journal)
     running = asyncio.create_task(loop.run())
     await asyncio.sleep(0)
     server = AdminServer(loop, terms.access, terms.repetitions, terms.watching)
@@ -91,3 +98,5 @@ async def admin_world(terms: Terms | None = None) -> AsyncIterator[World]:
         await running
         core.check_integrity()
         mailbox.close()
+        if terms.journal is not None:
+            terms.journal.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import strategies as st
 
-from instance.messages import LoadReport, RequestReport
+from instance.messages import LoadReport, RequestReport, StepTotals
 from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus
 from migration.types import Epoch, Incarnation, InstanceId, Outcome
 from orchestrator.events import (
@@ -19,6 +20,8 @@ from orchestrator.events import (
     InstanceLost,
     InstanceStarted,
     InstanceStartFailed,
+    KeyClassRequested,
+    LevelRequested,
     MigrateRequested,
     MigrationEnded,
     MigrationFigures,
@@ -52,12 +55,20 @@ def _started(name: InstanceId, epoch: Epoch) -> InstanceStarted:
     return InstanceStarted(Incarnation(name, epoch, f"tcp://{name}"), f"kvferry-{name}-{epoch}", "tiny", 16, 400)
 
 
+def _totals(num_steps: int, step_s: float) -> StepTotals:
+    """Of steps that all took as long, each with eight that decoded; some of it prefill."""
+    return StepTotals(
+        num_steps, 90 * num_steps, 8 * num_steps, 0, 8 * num_steps, 4000 * num_steps, 0, step_s * num_steps
+    )
+
+
 @st.composite
 def _loads(draw: st.DrawFn) -> LoadReport:
-    return load_report(
+    step, step_s = draw(_steps), draw(st.sampled_from([0.0, 0.01, 0.01, 0.05]))
+    load = load_report(
         draw(_names),
         epoch=draw(_epochs),
-        step=draw(_steps),
+        step=step,
         state=draw(_draining),
         total_blocks=400,
         free_blocks=draw(st.sampled_from([0, 7, 60, 380, 400])),
@@ -68,6 +79,7 @@ def _loads(draw: st.DrawFn) -> LoadReport:
         migrations_in=draw(st.integers(0, 1)),
         migrations_out=draw(st.integers(0, 1)),
     )
+    return msgspec.structs.replace(load, steps=_totals(step, step_s)) if step_s else load
 
 
 @st.composite
@@ -80,6 +92,8 @@ def _request_reports(draw: st.DrawFn) -> RequestReport:
             status=draw(st.sampled_from(["running", "running", "running", "waiting"])),
             priority=draw(st.integers(0, 2)),
             movable=draw(st.integers(0, 5)) > 0,
+            tpot_s=draw(st.sampled_from([None, None, 0.002, 0.02])),
+            ttft_s=draw(st.sampled_from([None, None, 1.2, 9.0])),
         )
         for number in numbers
     )
@@ -90,6 +104,7 @@ _FIGURES = st.builds(
     MigrationFigures, num_stages=st.integers(0, 3), copied_blocks=st.integers(0, 9), stopped_s=st.floats(0, 0.1)
 )
 _references = st.sampled_from(["r1", "r", "client-r2", "none"])
+_digests = st.sampled_from([digit * 64 for digit in "abc"])
 _priority_answers = st.builds(
     PriorityAnswer, st.sampled_from(PriorityOutcome), st.integers(0, 2), st.sampled_from(RequestStatus)
 )
@@ -115,6 +130,18 @@ _EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(WaiterGone, _tokens),
     st.builds(PriorityRequested, _tokens, _references, st.sampled_from(["high", "normal", "3", "none"]), st.just("x")),
     st.builds(PriorityAnswered, st.integers(1, 9).map(ChangeNumber), st.one_of(st.none(), _priority_answers)),
+    st.builds(
+        KeyClassRequested, _tokens, _digests, st.sampled_from(["high", "normal", "3", None, "no level"]), st.just("x")
+    ),
+    st.builds(
+        LevelRequested,
+        _tokens,
+        st.sampled_from(["high", "normal", "low", "none"]),
+        st.sampled_from([None, -20, -10, 0, 5]),
+        st.sampled_from([None, 0, 50, 200]),
+        st.just("x"),
+        validate_only=st.booleans(),
+    ),
     st.builds(CancelRequested, _tokens, _references, st.booleans()),
     st.builds(RequestCancelled, _tokens, st.sampled_from([None, "no answer"])),
     st.builds(CancelMigrationRequested, _tokens, st.integers(1, 12).map(MigrationNumber)),

@@ -20,6 +20,7 @@ import msgspec
 from instance.engine import Engine
 from instance.spec import Carrier
 from instance.types import (
+    CachedChanges,
     CommittedRequest,
     EngineFacts,
     EngineLoad,
@@ -111,6 +112,9 @@ class EngineProcess:
 
     def reset_prefix_cache(self) -> bool:
         return self._call(Engine.reset_prefix_cache)
+
+    def take_cached_changes(self) -> CachedChanges | None:
+        return self._call(Engine.take_cached_changes)
 
     def describe(self, request_id: RequestId) -> Description | Refusal | None:
         return self._call(Engine.describe, request_id)

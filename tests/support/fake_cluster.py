@@ -9,7 +9,7 @@ from collections import defaultdict
 from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import Member, UpdateMembers
+from orchestrator.effects import Member, UpdateMembers, UpdatePriorities
 from orchestrator.errors import ActorGone, CallFailed, StartUpError
 from orchestrator.events import InstanceStarted
 
@@ -40,6 +40,10 @@ class FakeCluster:
         self.draining: list[tuple[str, bool]] = []
         self.fenced: list[tuple[str, str, int]] = []
         self.members: dict[str, tuple[Member, ...]] = {}
+        self.urgencies: dict[str, UpdatePriorities] = {}
+        """Levels and classes of keys that each gateway was told last."""
+        self.answers_when: dict[str, asyncio.Event] = {}
+        """Gateways that answer what they are told only once this is set."""
         self.told = asyncio.Event()
         self.launched: list[tuple[str, int]] = []
         """Instances asked for, as (name, epoch)."""
@@ -104,9 +108,13 @@ class FakeCluster:
         self.fenced.append((actor_name, instance, epoch))
 
     async def set_members(self, actor_name: str, told: UpdateMembers, timeout_s: float) -> None:
-        self._check(actor_name)
+        await self._told_to(actor_name)
         self.members[actor_name] = told.members
         self.told.set()
+
+    async def set_priorities(self, actor_name: str, told: UpdatePriorities, timeout_s: float) -> None:
+        await self._told_to(actor_name)
+        self.urgencies[actor_name] = told
 
     async def wait_dead(self, actor_name: str) -> str:
         return await self.deaths[actor_name]
@@ -131,6 +139,11 @@ class FakeCluster:
         death = self.deaths[f"kvferry-{instance}-{epoch}"]
         if not death.done():
             death.set_result("it was stopped")
+
+    async def _told_to(self, actor_name: str) -> None:
+        self._check(actor_name)
+        if actor_name in self.answers_when:
+            await self.answers_when[actor_name].wait()
 
     def _check(self, actor_name: str) -> None:
         if actor_name in self.deaths and self.deaths[actor_name].done():

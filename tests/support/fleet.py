@@ -12,6 +12,7 @@ from instance.fake_model import FakeRequest, encode_fake, expected_output
 from instance.mailbox import Mailbox
 from instance.messages import (
     Abort,
+    CachedBlocks,
     FleetMessage,
     Frame,
     LoadReport,
@@ -25,7 +26,9 @@ from instance.messages import (
 )
 from instance.service import InstanceService
 from instance.spec import EngineKind, InstanceSpec, InstanceStarted
+from instance.types import NO_WISHES, Wishes
 from migration.types import Epoch, Incarnation, InstanceId
+from tests.support.known_blocks import KnownBlocks
 
 PATIENCE_S = 20.0
 TOKEN = "test"
@@ -44,6 +47,8 @@ class Gateway:
         self.reports: dict[str, LoadReport] = {}
         self.num_reports: dict[str, int] = defaultdict(int)
         self.request_reports: dict[str, RequestReport] = {}
+        self.known: dict[str, KnownBlocks] = defaultdict(KnownBlocks)
+        self.cached: dict[str, list[CachedBlocks]] = defaultdict(list)
         self._sequence: dict[str, int] = defaultdict(int)
         self.num_heard = 0
         self._heard = asyncio.Event()
@@ -67,6 +72,9 @@ class Gateway:
                 self.num_reports[message.instance] += 1
             case RequestReport():
                 self.request_reports[message.instance] = message
+            case CachedBlocks():
+                self.known[message.instance].hear(message)
+                self.cached[message.instance].append(message)
             case OwnerChanged():
                 self.owners[message.request_id].append(message)
             case PriorityChanged():
@@ -85,7 +93,13 @@ class Gateway:
         await self.until(lambda: self.num_heard >= enough or self.is_finished(unless_finished))
 
     def submit(
-        self, to: Incarnation, request_id: str, request: FakeRequest, priority: int = 0, epoch: int | None = None
+        self,
+        to: Incarnation,
+        request_id: str,
+        request: FakeRequest,
+        priority: int = 0,
+        epoch: int | None = None,
+        wishes: Wishes = NO_WISHES,
     ) -> None:
         self._sequence[to.instance] += 1
         submit = Submit(
@@ -98,6 +112,9 @@ class Gateway:
             num_prompt_tokens=len(request.prompt),
             max_tokens=request.max_tokens,
             payload=encode_fake(request),
+            ttft_s=wishes.ttft_s,
+            tpot_s=wishes.tpot_s,
+            waited_s=wishes.waited_s,
         )
         assert self.mailbox.send(to.address, submit)
 
@@ -105,8 +122,10 @@ class Gateway:
         for member in members:
             self.mailbox.send(member.address, Abort(request_ids))
 
-    def subscribe(self, to: Incarnation, lease_s: float = 5.0, with_requests: bool = False) -> None:
-        self.mailbox.send(to.address, Subscribe(self.mailbox.address, lease_s, with_requests))
+    def subscribe(
+        self, to: Incarnation, lease_s: float = 5.0, with_requests: bool = False, cached_from: int | None = None
+    ) -> None:
+        self.mailbox.send(to.address, Subscribe(self.mailbox.address, lease_s, with_requests, cached_from))
 
     def num_tokens(self, request_id: str) -> int:
         return sum(len(entry.token_ids) for _, entry in self.entries[request_id])

@@ -56,6 +56,8 @@ def request_load(
     movable: bool = True,
     num_output_tokens: int = 1,
     max_tokens: int = 1000,
+    tpot_s: float | None = None,
+    ttft_s: float | None = None,
 ) -> RequestLoad:
     return RequestLoad(
         request_id=request_id,
@@ -68,6 +70,8 @@ def request_load(
         num_blocks=num_blocks,
         arrived_s=1.0,
         movable=movable,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
     )
 
 

@@ -14,6 +14,7 @@ import msgspec
 from instance.fake_model import FakeRequest, encode_fake
 from instance.mailbox import Mailbox
 from instance.messages import (
+    ALL_CACHED,
     NO_STEPS,
     Abort,
     Frame,
@@ -27,6 +28,7 @@ from instance.messages import (
 from orchestrator.gateway.spec import Member
 from tests.support.fleet import TOKEN
 from tests.support.idle_report import report
+from tests.support.slow_prefixes import cached_blocks
 
 FINISH_LENGTH = 1
 STEP_S = 0.002
@@ -62,6 +64,8 @@ class ScriptedInstance:
     """Accepts, but runs no step."""
     epoch: int = 1
     steps: StepTotals = NO_STEPS
+    cached: tuple[int, ...] | None = None
+    """Hashes of the blocks it says it has cached; None: it says nothing of them."""
     running: dict[str, _Running] = field(default_factory=dict)
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -99,6 +103,9 @@ class ScriptedInstance:
                 case Subscribe() as subscribe:
                     self._subscribers.add(subscribe.address)
                     self._mailbox.send(subscribe.address, self._report(subscribe.address))
+                    if self.cached is not None and subscribe.cached_from == ALL_CACHED:
+                        message = cached_blocks(self.name, ALL_CACHED, 0, self.cached, epoch=self.epoch)
+                        self._mailbox.send(subscribe.address, message)
 
     def _on_submit(self, submit: Submit) -> None:
         self.submitted.append(submit)

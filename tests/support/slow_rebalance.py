@@ -1,9 +1,10 @@
 """Which running request should move where? `plan_rebalance`, written out: every pair is looked at anew for every move.
 
-Repeatedly pair the instance with the lowest freeness with the one with the highest. The source must be
-short of memory, the destination not, and the move must pay: also after it the destination is freer than the source, by
-a margin. So the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made. A
-blocked head of the queue makes freeness negative, hence its instance a source: room is made for it (defragmentation).
+Repeatedly pair the instance with the lowest freeness with the one with the highest. The source must be short of
+memory, and the move must pay: also after it the destination lacks nothing, and is freer than the source by a margin. So
+the lower of the two only ever rises, no move is worth undoing, and a move that pays nothing is not made. No instance
+both gives and takes. A blocked head of the queue makes freeness negative, hence its instance a source: room is made for
+it (defragmentation).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class _Side:
     params: RebalanceParams
     is_exhausted: bool = False
     """As a source it has nothing more to propose in this tick."""
+    has_given: bool = False
+    has_taken: bool = False
 
     @property
     def freeness_steps(self) -> float:
@@ -70,7 +73,9 @@ def _next_source(sides: list[_Side], params: RebalanceParams) -> _Side | None:
     short = (
         side
         for side in sides
-        if not side.is_exhausted and side.slots_out > 0 and side.freeness_steps < params.threshold_steps
+        if not (side.is_exhausted or side.has_taken)
+        and side.slots_out > 0
+        and side.freeness_steps < params.threshold_steps
     )
     return min(short, key=lambda side: (side.freeness_steps, side.view.instance), default=None)
 
@@ -85,7 +90,7 @@ def _best_move(
             for side in sides
             if side is not source
             and side.slots_in > 0
-            and side.freeness_steps >= params.threshold_steps
+            and not side.has_given
             and (source.view.instance, side.view.instance) not in resting.pairs
         ),
         key=lambda side: (-side.freeness_steps, side.view.instance),
@@ -156,7 +161,8 @@ def _gain(source: _Side, destination: _Side, request: RequestLoad, params: Rebal
         ),
     )
     pays = (
-        gain.destination_before - gain.source_before > params.margin_steps
+        gain.destination_after >= 0
+        and gain.destination_before - gain.source_before > params.margin_steps
         and gain.destination_after - gain.source_after > params.margin_steps
         and gain.source_after > gain.source_before
     )
@@ -172,6 +178,7 @@ def _book(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain) 
         cause = f"isolate: {kept} blocks are kept free beside requests of priority {clear_for} or more urgent"
     source.load = after_leaving(source.load, request.priority, request.num_blocks)
     source.slots_out -= 1
+    source.has_given = destination.has_taken = True
     destination.load = after_joining(destination.load, request.priority, request.num_blocks)
     destination.slots_in -= 1
     return Move(

@@ -22,7 +22,9 @@ def predicted_ttft_s(
     num_unseen: int,
     unseen_blocks: int,
     num_prompt_tokens: int,
+    *,
     expected_output_tokens: float,
+    saved_tokens: int = 0,
 ) -> float:
     size, running = report.block_size, report.num_running
     held_blocks = report.total_blocks - report.free_blocks - report.reserved_blocks
@@ -43,7 +45,8 @@ def predicted_ttft_s(
 
     # Then prompts, those before it first, beside what decodes.
     before = (waiting_blocks + unseen_blocks) * size
-    left = before + max(1, num_prompt_tokens)
+    computed = range(saved_tokens, num_prompt_tokens)
+    left = before + max(1, len(computed))
     num_steps = 1
     if report.max_step_tokens:
         num_steps = math.ceil(left / max(1, report.max_step_tokens - running))
@@ -51,7 +54,7 @@ def predicted_ttft_s(
         total_s += step_s(per, left / num_steps, running, held_blocks * size)
     num_before = report.num_waiting + num_unseen
     each = before / max(1, num_before)
-    total_s += per[5] * (max(1, num_before) * each * each / 2 + num_prompt_tokens * num_prompt_tokens / 2)
+    total_s += per[5] * (max(1, num_before) * each * each / 2 + sum(before_it + 0.5 for before_it in computed))
     return total_s
 
 

@@ -26,10 +26,8 @@ class SlowStepTime:
             ratio = self._shift()
             kept = self._params.shift_keeps if ratio != 1.0 else 1.0
             self._rows = [(row, ratio * s, kind, kept * weight / ratio**2) for row, s, kind, weight in self._rows]
-            if self.coefficients is not None:
-                self.coefficients = self.coefficients * ratio
             for one in self._unweighted:
-                self._rows.append((np.array(one.terms) * SHAPE, one.seconds, one.has_prefill, self._weight(one)))
+                self._rows.append((np.array(one.terms) * SHAPE, one.seconds, one.has_prefill, self._weight(one, ratio)))
             self._unweighted = []
             self.coefficients = self._fit() * SHAPE
 
@@ -47,10 +45,11 @@ class SlowStepTime:
         expected_s = sum(float(a) * b for a, b in zip(self.coefficients, seen.terms, strict=True))
         return max(expected_s, LEAST_EXPECTED * seen.seconds)
 
-    def _weight(self, seen: Observation) -> float:
+    def _weight(self, seen: Observation, ratio: float) -> float:
+        """`ratio`: of the new speed, by which what was expected has become longer."""
         expected_s = seen.seconds
         if self.coefficients is not None:
-            expected_s = self._expected_s(seen)
+            expected_s = max(ratio * self._expected_s(seen), LEAST_EXPECTED * seen.seconds)
         error = abs(seen.seconds - expected_s) / expected_s
         huber = 1.0 if error <= self._params.tolerated_error else self._params.tolerated_error / error
         return float(huber / expected_s**2)

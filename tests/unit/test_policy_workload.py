@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from bench.policy_live import URGENT_SHARE, with_urgent
+from bench.policy_live_runs import URGENT_SHARE, with_urgent
 from bench.policy_workload import Lengths, Workload
 
 WORKLOAD = Workload(requests_per_s=5.0, duration_s=400.0)

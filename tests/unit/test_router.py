@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
-import pytest
 
 from instance.messages import (
+    ALL_CACHED,
     Abort,
     Frame,
     LoadReport,
     OutputEntry,
     OwnerChanged,
-    PriorityChanged,
     Submit,
     SubmitAnswer,
     Subscribe,
@@ -22,7 +21,7 @@ from instance.messages import (
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.router import Router
-from orchestrator.gateway.types import Deliver, Effect, Fail, Forget, Outgoing, RouterParams, Send
+from orchestrator.gateway.types import Deliver, Effect, Fail, Outgoing, RouterParams, Send
 from tests.support.idle_report import report
 
 GATEWAY = "tcp://gateway"
@@ -99,9 +98,9 @@ def token(offset: int, finish: int | None = None, request_id: str = "r") -> Outp
 
 def test_members_are_subscribed_to_at_once_and_every_second() -> None:
     desk = Desk("")
-    assert desk.members("a") == [Send("tcp://a", Subscribe(GATEWAY, 5.0))]
+    assert desk.members("a") == [Send("tcp://a", Subscribe(GATEWAY, 5.0, cached_from=ALL_CACHED))]
     assert desk.router.tick(0.5) == []
-    assert desk.router.tick(1.0) == [Send("tcp://a", Subscribe(GATEWAY, 5.0))]
+    assert desk.router.tick(1.0) == [Send("tcp://a", Subscribe(GATEWAY, 5.0, cached_from=ALL_CACHED))]
 
 
 def test_a_request_is_sent_with_the_epoch_and_the_sequence_and_its_tokens_come_back() -> None:
@@ -271,156 +270,6 @@ def test_an_abort_of_one_that_was_never_sent_is_told_to_nobody() -> None:
     desk.members("ab")
     assert desk.router.abort(["r"]) == []
     assert desk.router.num_requests == 0
-
-
-def test_a_request_without_tokens_starts_again_when_its_instance_dies() -> None:
-    desk = Desk()
-    desk.submit()
-    desk.answers("a")
-    assert desk.checked(desk.router.on_member_lost(InstanceId("a"), Epoch(1), 0.0)) == [Forget("tcp://a")]
-    assert desk.after(0.4, heard="b") == [], "it may have moved; the news has a moment to arrive"
-    effects = desk.after(0.2, heard="b")
-    (sent,) = [one.message for one in effects if isinstance(one, Send) and isinstance(one.message, Submit)]
-    assert (sent.request_id, sent.external_id, sent.payload) == ("r~2", "ext", b"payload of r~2")
-    assert submitted_to(effects) == ["b"]
-    assert desk.frame("a", token(0)) == [], "what the dead one still says is dropped"
-    assert desk.frame("b", token(0, request_id="r~2")) == [Deliver((InstanceId("b"), Epoch(1)), (token(0),), 0.0)], (
-        "and the client's id comes back"
-    )
-    assert aborted_at(desk.checked(desk.router.abort(["r"]))) == ["b"]
-
-
-def priorities(effects: Iterable[Effect]) -> list[int]:
-    return [one.message.priority for one in effects if isinstance(one, Send) and isinstance(one.message, Submit)]
-
-
-def test_what_is_dispatched_anew_has_the_priority_it_was_given_meanwhile() -> None:
-    """1. a takes the request. 2. Its priority is changed there. 3. a dies before any token, b gets it, refuses, and a
-    third attempt waits here."""
-    desk = Desk()
-    assert priorities(desk.submit(priority=5)) == [5]
-    desk.answers("a")
-    assert desk.says(PriorityChanged("r", "a", 1, -10)) == []
-    desk.router.on_member_lost(InstanceId("a"), Epoch(1), 0.0)
-    anew = desk.after(0.6, heard="b")
-    assert submitted_to(anew) == ["b"] and priorities(anew) == [-10]
-    desk.answers("b", "r~2", refusal="queue is full")
-    desk.submit("later", priority=-9)
-    assert priorities(desk.after(0.05, heard="b"))[0] == -10, "and its place among those that wait here is by it"
-
-
-def test_a_new_priority_of_a_request_nobody_has_heard_of_changes_nothing() -> None:
-    desk = Desk()
-    assert desk.says(PriorityChanged("r", "a", 1, -10)) == []
-    assert priorities(desk.submit(priority=5)) == [5]
-
-
-def test_a_request_with_tokens_ends_with_an_error_when_its_instance_dies_and_others_go_on() -> None:
-    desk = Desk()
-    desk.submit("r")
-    desk.submit("s")
-    desk.frame("a", token(0))
-    desk.frame("b", token(0, request_id="s"))
-    desk.router.on_member_lost(InstanceId("a"), Epoch(1), 0.0)
-    effects = desk.after(0.6, heard="b")
-    assert failures(effects) == [Fail(RequestId("r"), Failure(FailureKind.INSTANCE_LOST, LOST))]
-    assert desk.frame("b", token(1, request_id="s"))
-    assert desk.router.num_requests == 1
-
-
-def test_a_request_that_moved_just_before_its_source_died_goes_on() -> None:
-    """1. a runs it; 2. b commits; 3. a dies; 4. the death is heard before the change of owner."""
-    desk = Desk()
-    desk.submit()
-    desk.frame("a", token(0))
-    desk.router.on_member_lost(InstanceId("a"), Epoch(1), 0.0)
-    desk.says(OwnerChanged("r", "b", 1, 1))
-    assert desk.after(1.0, heard="b") == []
-    assert desk.frame("b", token(1)) == [Deliver((InstanceId("b"), Epoch(1)), (token(1),), 0.0)]
-
-
-def test_a_request_that_moved_unheard_to_an_instance_that_died_does_not_hang_for_ever() -> None:
-    """1. a runs it; 2. c commits and dies before a word of it arrives; 3. a has it no more, and says nothing."""
-    desk = Desk("abc")
-    desk.submit("r")
-    desk.answers("a")
-    desk.submit("s")
-    desk.answers("b", "s")
-    desk.router.on_member_lost(InstanceId("c"), Epoch(1), 0.0)
-    assert desk.after(59.0) == []
-    desk.frame("b", token(0, request_id="s"))
-    effects = desk.after(1.1)
-    assert wire_ids(effects) == ["r~2"]
-    assert aborted_at(effects) == ["a", "b"]
-    assert failures(effects) == [], "the one that goes on is under no suspicion"
-
-
-def test_an_instance_that_was_empty_and_took_nothing_when_it_ended_makes_nobody_suspect() -> None:
-    """1. `b` is drained. 2. It says that it drains and is empty. 3. It is stopped. 4. A request at `a` is silent for
-    long, since it waits for memory there."""
-    desk = Desk(suspect_for_s=60.0)
-    desk.submit()
-    desk.frame("a", token(0))
-    desk.says(desk.report("b", state="draining"))
-    desk.router.on_member_lost(InstanceId("b"), Epoch(1), desk.now_s)
-    desk.members("a")
-    for _ in range(100):
-        assert failures(desk.after(1.0, heard="a")) == []
-    assert desk.frame("a", token(1)) == [Deliver(("a", 1), (token(1),), 0.0)]  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("last_word", [{"state": "draining", "num_running": 1}, {"state": "serving"}])
-def test_an_instance_that_was_not_empty_or_not_draining_when_it_ended_makes_others_suspect(
-    last_word: dict[str, Any],
-) -> None:
-    desk = Desk(suspect_for_s=60.0)
-    desk.submit()
-    desk.frame("a", token(0))
-    desk.says(desk.report("b", **last_word))
-    desk.members("a")
-    assert desk.after(60.0, heard="a") == []
-    assert [one.request_id for one in failures(desk.after(1.0, heard="a"))] == ["r"]
-
-
-def test_a_silent_instance_loses_its_requests_and_its_late_tokens_do_not_mix_in() -> None:
-    """1. a falls silent; 2. its request starts again at b; 3. a wakes up and has tokens, too."""
-    desk = Desk()
-    desk.submit()
-    desk.answers("a")
-    effects = desk.after(10.1, heard="b")
-    assert submitted_to(effects) == ["b"]
-    assert aborted_at(effects) == ["a", "b"]
-    assert desk.frame("a", OutputEntry("r", 0, (1, 2, 3))) == []
-    assert desk.frame("b", token(0, request_id="r~2")) == [Deliver((InstanceId("b"), Epoch(1)), (token(0),), 0.0)]
-
-
-def test_a_member_that_is_not_listed_any_more_has_ended() -> None:
-    desk = Desk()
-    desk.submit()
-    assert Forget("tcp://a") in desk.members("b")
-    assert submitted_to(desk.after(0.6, heard="b")) == ["b"]
-    assert desk.members("ab") != [], "but that incarnation stays dead"
-    assert desk.router.why_nobody_serves(desk.now_s) is None
-    assert [one.instance for one in desk.router.view(desk.now_s).instances] == ["b"]
-
-
-def test_missing_tokens_end_the_request_after_a_while() -> None:
-    desk = Desk()
-    desk.submit()
-    desk.frame("a", token(0))
-    assert desk.frame("a", token(2)) == []
-    assert desk.after(9.0) == []
-    effects = desk.after(1.1)
-    assert aborted_at(effects) == ["a", "b"]
-    assert [failed.failure.kind for failed in failures(effects)] == [FailureKind.TOKENS_LOST]
-
-
-def test_a_gap_that_is_filled_in_time_is_no_gap() -> None:
-    desk = Desk()
-    desk.submit()
-    desk.frame("a", token(1))
-    desk.frame("b", token(0))
-    assert desk.after(11.0) == []
 
 
 def test_stopping_fails_every_request_here_and_aborts_it_there() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from instance.messages import StepTotals, SubmitAnswer
+from instance.messages import StepTotals, Submit, SubmitAnswer
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.router import Router
@@ -178,3 +178,16 @@ def test_one_that_starts_anew_has_no_more_time_than_before(on: OnOverload) -> No
         assert failure(effects).reason == "slo_ttft_passed"
     else:
         assert sent_to(effects) == ["a"]
+
+
+def test_an_instance_is_told_the_targets_and_how_long_the_request_has_waited() -> None:
+    desk = Desk(orphan_grace_s=0.1)
+    (first,) = desk.submit(targets=Targets(ttft_s=0.5, tpot_s=0.3))
+    assert (first.message.ttft_s, first.message.tpot_s, first.message.waited_s) == (0.5, 0.3, 0.0)
+    desk.now_s = 0.6
+    again = desk.router.on_member_lost(InstanceId("b"), Epoch(1), desk.now_s) + desk.after(0.2, heard="a")
+    (message,) = [one.message for one in again if isinstance(one, Send) and isinstance(one.message, Submit)]
+    assert (message.ttft_s, message.tpot_s) == (0.5, 0.3)
+    assert message.waited_s == pytest.approx(0.8)
+    (plain,) = Desk().submit()
+    assert (plain.message.ttft_s, plain.message.tpot_s, plain.message.waited_s) == (None, None, 0.0)

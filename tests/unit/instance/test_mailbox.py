@@ -5,14 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import msgspec
 import pytest
 import zmq
 
 from instance.errors import MalformedFleetMessage, ReplayedMessage, StrangerMessage
 from instance.mailbox import WIRE_VERSION, Mailbox, decode, encode
-from instance.messages import MAX_MESSAGE_BYTES, Abort, FleetMessage, OwnerChanged, Submit, Subscribe
+from instance.messages import (
+    ALL_CACHED,
+    MAX_MESSAGE_BYTES,
+    Abort,
+    CachedBlocks,
+    FleetMessage,
+    OwnerChanged,
+    Submit,
+    Subscribe,
+)
 from instance.replay import STAMP_BYTES, ReplayGuard, Session
 from instance.seal import MAC_BYTES, Seal, carrier_token
+from tests.support.reports import load_report
 
 TOKEN = "secret"
 SEAL = Seal(TOKEN)
@@ -23,6 +34,8 @@ MESSAGES: list[FleetMessage] = [
     Submit("r", "client", "tcp://h:1", 1, 2, 0, 10, 20, b"\x00payload"),
     Abort(("a", "b")),
     Subscribe("tcp://h:1", 5.0, True),
+    Subscribe("tcp://h:1", 5.0, cached_from=ALL_CACHED),
+    CachedBlocks("i0", 3, 16, 7, 9, b"\x00" * 8, b"\xff" * 8),
     OwnerChanged("r", "i0", 3, 17),
 ]
 
@@ -66,10 +79,12 @@ def test_what_is_encoded_is_decoded(message: FleetMessage) -> None:
         sealed(b"\x81\xa4type\xa7NoSuch!"),
         sealed(b"\x82\xa4type\xa5Abort\xabrequest_ids\x91\xa2\xff\xfe"),
         sealed(b"\x91" * 5000),
+        sealed(body_of(msgspec.structs.replace(load_report("a"), block_size=0))),
     ],
     ids=(
         *("empty", "older", "nothing-stamped", "nothing-sealed", "half-a-stamp"),
         *("cut", "longer", "unknown", "no-text", "nested"),  # by name: stamps are random
+        "blocks of no tokens",
     ),
 )
 def test_anything_else_is_malformed(data: bytes) -> None:
@@ -155,7 +170,7 @@ def test_a_strangers_frame_uses_up_no_stamp() -> None:
     """Else anybody could silence a member by sending what it is about to send."""
     guard, frame = ReplayGuard(), frame_of(MESSAGES[0])
     with pytest.raises(StrangerMessage):
-        decode(frame[:-1] + b"\x00", SEAL, HERE, guard)
+        decode(frame[:-1] + bytes((frame[-1] ^ 1,)), SEAL, HERE, guard)
     assert guard.num_sessions == 0
     assert decode(frame, SEAL, HERE, guard) == MESSAGES[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from instance.messages import OutputEntry
 from instance.stream import StreamTable, Tombstones
-from instance.types import EngineOutput
+from instance.types import EngineOutput, Wishes
 from migration.types import RequestId
 
 A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
@@ -68,3 +68,14 @@ def test_tombstones_are_bounded_and_forget_the_oldest_first() -> None:
     tombstones.add(["d"])
     assert len(tombstones) == 3
     assert ["a" in tombstones, "b" in tombstones, "c" in tombstones, "d" in tombstones] == [True, False, True, True]
+
+
+def test_wishes_stand_beside_their_stream_and_end_with_it() -> None:
+    streams, wishes = StreamTable(), Wishes(0.5, None, 1.25)
+    streams.open(A, "g", 0, now_s=2.0, wishes=wishes)
+    streams.open(B, "g", 0, now_s=2.0)
+    assert (streams.wishes(A), streams.wishes(B), streams.wishes(C)) == (wishes, None, None)
+    assert wishes.after(streams.age_s(A, 3.5)) == Wishes(0.5, None, 2.75)
+    assert wishes.after(-1.0) == wishes, "a clock that was set back takes no time away"
+    streams.close(A)
+    assert streams.wishes(A) is None

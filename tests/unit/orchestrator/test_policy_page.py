@@ -8,19 +8,24 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from instance.messages import LoadReport, RequestLoad
+from instance.messages import ALL_CACHED, LoadReport, RequestLoad
 from migration.types import Epoch, InstanceId
+from orchestrator.policy.attain import plan_attain
 from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, demand_blocks
 from orchestrator.policy.drain import DrainParams, plan_drain
 from orchestrator.policy.load import freeness, running_blocks, virtual_usage_blocks
 from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
 from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
+from orchestrator.policy.standing import standing_of
+from orchestrator.policy.targets import tightest_of
 from orchestrator.state import CoreParams
-from tests.support.reports import load_report
+from tests.support.reports import load_report, request_load
 from tests.support.slow_dispatch import score
+from tests.support.slow_prefixes import cached_blocks
 
 SOURCE, UNSEEN_AT, UNSEEN_BLOCKS, AGE_S = InstanceId("instance-0"), InstanceId("instance-1"), 40, 0.125
+CACHED_AT = InstanceId("instance-1")
 REPORTED_S = 20.0
 """Long after the slow start of an instance."""
 Table = list[dict[str, str]]
@@ -132,20 +137,24 @@ def test_the_figures_of_load(page: Page) -> None:
 
 
 def test_the_dispatches(page: Page) -> None:
-    assert len(page.tables["Dispatch of a request"]) == 2
+    assert len(page.tables["Dispatch of a request"]) == 3
     for row in page.tables["Dispatch of a request"]:
         book = DispatchBook()
         book.set_members([(name, Epoch(1)) for name in page.loads])
         for reported_s in (0.0, REPORTED_S):
             for load in page.loads.values():
                 assert book.on_report(load, reported_s)
+        num_cached = int(row[f"cached at {CACHED_AT}"])
+        prompt = range(int(row["prompt tokens"]) // 16)
+        book.on_cached(cached_blocks(CACHED_AT, ALL_CACHED, num_cached, prompt[:num_cached]))
         book.on_dispatched(UNSEEN_AT, UNSEEN_BLOCKS, REPORTED_S)
         now_s = REPORTED_S + AGE_S
         demand = demand_blocks(int(row["prompt tokens"]), 16)
         assert row["demand"] == str(demand)
         for seen in book.view(now_s).instances:
-            assert row[f"score of {seen.instance}"] == f"{score(seen, demand, DispatchParams(), 1):.1f}"
-        choice = book.choose(demand, now_s)
+            saved = num_cached if seen.instance == CACHED_AT else 0
+            assert row[f"score of {seen.instance}"] == f"{score(seen, demand, DispatchParams(), 1, saved):.1f}"
+        choice = book.choose(demand, now_s, prefix=prompt)
         assert isinstance(choice, Choice) and choice.instance == row["chosen"]
 
 
@@ -210,6 +219,30 @@ def test_the_drain(page: Page) -> None:
     assert page.tables["If instance-0 were draining"] == as_rows(moves)
 
 
+def test_the_move_for_the_sake_of_a_target(page: Page) -> None:
+    speed = (0.010, 0.0, 0.0, 0.0005, 1e-6, 0.0)
+    rows = page.tables["If requests had targets"]
+    views, f = [], msgspec.structs.replace(request_load("f", 50), tpot_s=0.024)
+    for row in rows:
+        num, tokens, strictest = int(row["running"]), int(row["context tokens"]), row["strictest target there"]
+        wants = f if row["TPOT with f"] == "" else request_load("g", 50)
+        if strictest != "none":
+            wants = msgspec.structs.replace(wants, tpot_s=float(strictest) / 1e3)
+        others = tuple(request_load(f"{row['instance']}-{at}", 1, movable=False) for at in range(num - 1))
+        load = load_report(row["instance"], total_blocks=4000, free_blocks=4000 - tokens // 16, num_running=num)
+        requests = (wants, *others)
+        view = InstanceView(InstanceId(row["instance"]), load, requests, False, 2, 2, AGE_S)
+        views.append(dataclasses.replace(view, tightest=tightest_of(requests)))
+        standing = standing_of(load, speed)
+        assert row["TPOT"] == f"{standing.tpot_s() * 1e3:.1f}"
+        if row["TPOT with f"]:
+            assert row["TPOT with f"] == f"{standing.with_running(800).tpot_s() * 1e3:.1f}"
+    steps = {view.instance: freeness_steps(view.load) for view in views}
+    assert max(steps, key=lambda name: steps[name]) == "instance-4", "the freest is asked first"
+    moves = plan_attain(tuple(views), dict.fromkeys(steps, speed), Resting(), RebalanceParams())
+    assert page.tables["If requests had targets 2"] == as_rows(moves)
+
+
 def test_a_number_that_is_wrong_would_be_noticed(repo_root: Path) -> None:
     """The control: the example with one block more free does not give the page's figures."""
     text = (repo_root / "orchestrator" / "policy" / "README.md").read_text(encoding="utf-8")
@@ -217,3 +250,6 @@ def test_a_number_that_is_wrong_would_be_noticed(repo_root: Path) -> None:
     for check in (test_the_figures_of_load, test_the_move_that_is_proposed_and_why_it_is_this_one):
         with pytest.raises(AssertionError):
             check(wrong)
+    for old, new in (("| 18.0 | 19.3 | 18.5 |", "| 18.0 | 19.3 | 19.5 |"), ("| 20 | 8000 |", "| 20 | 8200 |")):
+        with pytest.raises(AssertionError):
+            test_the_move_for_the_sake_of_a_target(Page(text.replace(old, new)))

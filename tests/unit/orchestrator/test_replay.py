@@ -41,7 +41,7 @@ def test_the_timeline_says_when_what_why_and_what_came_of_it(journal: Path, caps
     assert any("instance-1 was lost, epoch 1 killed" in line for line in lines)
     assert any("fence instance-1, epoch 1, at instance-0 killed" in line for line in lines)
     assert any(line.startswith("moves, rebalance: 1 committed, 1 refused; committed after 0.50 s") for line in lines)
-    assert "replayed: 17 events with 11 effects, all as written" in lines
+    assert "replayed: 17 events with 12 effects, all as written" in lines
 
 
 def test_only_the_rows_that_are_asked_for_are_shown(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_the_summary_is_of_everything_and_for_programs_too(journal: Path, capsys
     assert values["replay"] == {
         "agrees": True,
         "verified_events": 17,
-        "verified_effects": 11,
+        "verified_effects": 12,
         "unverified_events": 0,
         "lost_events": 0,
         "divergence": None,
@@ -82,7 +82,7 @@ def test_another_decision_than_the_cores_is_shown_with_both_sides(
     first = next(n for n, line in enumerate(journal.read_text().splitlines(), 1) if '"r07"' in line and "then" in line)
     assert run_cli(["replay", str(journal)]) == 1
     out = capsys.readouterr().out
-    assert f"DIVERGES at j line {first}, s 1000.500000, after Ticked (7 events with 3 effects before it agree)" in out
+    assert f"DIVERGES at j line {first}, s 1000.500000, after Ticked (7 events with 4 effects before it agree)" in out
     (written,) = [line for line in out.splitlines() if line.startswith("  journal: ") and "r07" in line]
     (replayed,) = [line for line in out.splitlines() if line.startswith("  replayed: ") and "r01" in line]
     assert written.split(": ", 1)[1].replace("r07", "r01") == replayed.split(": ", 1)[1]

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 
-from instance.lifecycle import State
-from migration.types import InstanceId
 from orchestrator.effects import (
     AnnounceScaling,
-    DrainAccepted,
-    Drained,
     Effect,
     Refused,
     ScalingSet,
     SetDraining,
     StartInstance,
-    StopInstance,
-    Undrained,
 )
 from orchestrator.errors import RefusalKind
-from orchestrator.events import DrainRequested, InstanceStartFailed, ScaleRequested, Token, UndrainRequested
+from orchestrator.events import DrainRequested, ScaleRequested, Token
 from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.state import CoreParams, ScalingParams
-from tests.support.core_play import CALLER, Cluster, answer, named, started
+from tests.support.core_play import CALLER, Cluster, answer, named
 from tests.support.reports import request_load
 
 SCALING = ScalingParams(can_start=True, most=4, capacity=4, first_epoch=2)
@@ -162,212 +155,6 @@ def test_instances_are_given_up_one_after_the_other() -> None:
         play.tick()
         assert len(play.scaling.retiring) <= 1
     assert list(play.there) == ["instance-0"]
-
-
-# ---------------------------------------------------------------------- starts that fail
-def test_a_start_that_fails_is_tried_again_later_and_later_and_in_the_end_hardly_ever() -> None:
-    play = cluster(1)
-    play.start_error = "no node has a place"
-    scale(play, 2)
-    times: list[float] = []
-    for _ in range(7200):
-        if any(isinstance(effect, StartInstance) for effect in play.tick()):
-            times.append(play.now_s)
-    pauses = [round(later - earlier) for earlier, later in itertools.pairwise(times)]
-    assert pauses == [10, 20, 40, 80, 160, 3600]
-    assert len(set(play.launches())) == 7, "no epoch comes twice"
-    assert {name for name, _ in play.launches()} == {"instance-1"}
-    assert play.scaling.num_start_failures == 7 and play.scaling.retry_in_s > 0
-    said = [effect.reason for effect in play.effects if isinstance(effect, AnnounceScaling)]
-    assert "it did not start: no node has a place; next try in 10 s at the earliest" in said
-
-
-def test_a_word_by_hand_has_it_tried_again_at_once() -> None:
-    play = cluster(1)
-    play.start_error = "no node has a place"
-    scale(play, 2)
-    play.tick()
-    play.start_error = None
-    scale(play, 2)
-    play.tick()
-    assert list(play.there) == ["instance-0", "instance-1"]
-    play.run(40)
-    assert play.scaling.num_start_failures == 0
-
-
-def test_a_start_that_is_never_answered_is_given_up_and_ended_and_unwelcome_when_it_comes_after_all() -> None:
-    play = cluster(1, start_timeout_s=60.0)
-    play.start_error = ""
-    scale(play, 2)
-    play.run(59)
-    assert play.scaling.starting == ("instance-1",) and play.stops() == []
-    play.run(3)
-    assert play.stops() == [("instance-1", 2)] and play.scaling.num_start_failures == 1
-    effects = play.on(started(named(1), epoch=2))
-    assert [type(effect) for effect in effects] == [StopInstance], "it is ended, and no gateway hears of it"
-    assert play.on(InstanceStartFailed(named(1), play.effects[-1].epoch, "killed")) == []  # type: ignore[union-attr]
-    play.start_error = None
-    play.run(20)
-    assert play.launches() == [("instance-1", 2), ("instance-1", 3)]
-
-
-def test_an_instance_that_dies_soon_after_its_start_counts_as_a_start_that_failed() -> None:
-    play = cluster(1)
-    scale(play, 2)
-    play.tick()
-    play.dies(named(1))
-    play.run(9)
-    assert len(play.launches()) == 1 and play.scaling.num_start_failures == 1
-    play.run(2)
-    assert len(play.launches()) == 2
-    play.run(31)
-    play.dies(named(1))
-    play.run(2)
-    assert len(play.launches()) == 3, "after a while it is a loss like any other: replaced at once"
-
-
-def test_a_start_that_is_wanted_no_more_is_ended() -> None:
-    play = cluster(2)
-    play.start_error = ""
-    scale(play, 3)
-    play.tick()
-    scale(play, 2)
-    play.tick()
-    assert play.stops() == [("instance-2", 2)] and not play.scaling.starting
-    play.run(10)
-    assert len(play.launches()) == 1
-
-
-def test_not_more_are_started_at_once_than_the_bound() -> None:
-    play = cluster(1, max_starting=2)
-    play.start_error = ""
-    scale(play, 4)
-    play.run(5)
-    assert len(play.launches()) == 2
-
-
-# ---------------------------------------------------------------------- on the way out
-def test_what_cannot_be_moved_runs_to_its_end_and_then_the_instance_stops() -> None:
-    play = cluster()
-    for number in (0, 1):
-        play.there[named(number)] = [request_load(f"fixed-{number}", movable=False)]
-    scale(play, 1)
-    play.run(300)
-    assert play.stops() == [] and play.scaling.retiring == ("instance-1",)
-    play.there[named(1)].clear()
-    play.run(5)
-    assert play.stops() == [("instance-1", 1)]
-
-
-def test_an_instance_that_does_not_get_empty_is_put_back_and_left_alone_for_a_while() -> None:
-    play = cluster(2, retire_timeout_s=60.0, victim_rest_s=120.0)
-    play.there[named(1)] = [request_load("fixed", movable=False)]
-    play.there[named(0)] = [request_load("fixed-too", movable=False, num_blocks=20)]
-    scale(play, 1)
-    play.run(59)
-    assert play.draining == {named(0)} or play.draining == {named(1)}
-    first = next(iter(play.draining))
-    play.run(3)
-    assert first not in play.draining and play.stops() == []
-    back = [effect for effect in play.effects if isinstance(effect, SetDraining) and not effect.draining]
-    assert back[0].reason == "not empty after 60 s, 1 requests are left"
-    play.run(30)
-    assert first not in play.draining, "the other is tried meanwhile"
-    assert play.core.snapshot(play.now_s).instances[0].requests, "nothing was killed"
-
-
-def test_an_instance_that_dies_while_it_is_emptied_is_what_was_wanted() -> None:
-    play = cluster()
-    play.there[named(1)] = [request_load("fixed", movable=False)]
-    play.there[named(0)] = [request_load("a", 100), request_load("b", 100, movable=False)]
-    scale(play, 1)
-    play.run(2)
-    assert play.scaling.retiring == ("instance-1",)
-    play.dies(named(1))
-    play.run(60)
-    assert play.launches() == [] and play.scaling.num_start_failures == 0 and not play.scaling.retiring
-
-
-def test_the_other_dies_while_one_is_emptied_and_that_one_is_put_back() -> None:
-    play = cluster()
-    for number in (0, 1):
-        play.there[named(number)] = [request_load(f"fixed-{number}", movable=False)]
-    scale(play, 1)
-    play.run(2)
-    (leaving,) = play.scaling.retiring
-    play.dies(named(0) if leaving == named(1) else named(1))
-    play.run(1)
-    assert play.draining == set() and not play.scaling.retiring and play.launches() == []
-
-
-def test_an_undrain_by_an_operator_stands_and_the_target_follows() -> None:
-    play = cluster()
-    for number in (0, 1):
-        play.there[named(number)] = [request_load(f"fixed-{number}", movable=False)]
-    scale(play, 1)
-    play.run(2)
-    (leaving,) = play.scaling.retiring
-    assert answer(play.on(UndrainRequested(Token(5), InstanceId(leaving))), Token(5)) == Undrained(leaving)
-    assert play.scaling.target == 2 and play.scaling.reason == f"{leaving} was put back by hand"
-    play.run(300)
-    assert play.stops() == [] and play.draining == set()
-
-
-def test_one_that_was_told_to_stop_cannot_be_put_back_and_is_told_again() -> None:
-    play = cluster(2, stop_retry_s=15.0)
-    play.obeys_stop = False
-    scale(play, 1)
-    play.run(5)
-    assert play.stops() == [("instance-1", 1)]
-    assert "being stopped" in refusal(play.on(UndrainRequested(CALLER, named(1))))
-    scale(play, 2)
-    play.run(3)
-    assert play.launches() == [("instance-2", 2)], "its name is not free yet"
-    play.run(15)
-    assert play.stops() == [("instance-1", 1)] * 2
-
-
-def test_a_drain_by_an_operator_joins_the_one_that_is_under_way() -> None:
-    play = cluster()
-    scale(play, 1)
-    play.obeys_stop = False
-    play.there[named(1)], play.there[named(0)] = [request_load("fixed", movable=False)], [request_load("big", 500)]
-    play.tick()
-    (leaving,) = play.scaling.retiring
-    again = play.on(DrainRequested(CALLER, InstanceId(leaving), wait=False))
-    assert isinstance(answer(again), Refused)
-    play.on(DrainRequested(Token(2), InstanceId(leaving), wait=True))
-    play.there[InstanceId(leaving)].clear()
-    assert answer(play.run(3), Token(2)) == Drained(InstanceId(leaving))
-
-
-def test_an_instance_that_an_operator_has_drained_counts_and_is_not_replaced() -> None:
-    play = cluster()
-    scale(play, 2)
-    assert isinstance(answer(play.on(DrainRequested(CALLER, named(1), wait=False))), DrainAccepted)
-    play.run(60)
-    assert play.launches() == [] and play.stops() == []
-
-
-def test_an_instance_that_does_not_carry_out_the_drain_serves_on_and_is_left_alone_for_a_while() -> None:
-    play = cluster()
-    play.obeys_drain = False
-    scale(play, 1)
-    play.run(30)
-    asked = [effect for effect in play.effects if isinstance(effect, SetDraining)]
-    assert [effect.instance for effect in asked] == ["instance-1", "instance-0"], "each once, then both rest"
-    assert all(item.state is State.SERVING for item in play.core.snapshot(play.now_s).instances)
-
-
-def test_when_more_are_wanted_again_the_one_being_emptied_is_put_back_instead_of_starting_another() -> None:
-    play = cluster()
-    for number in (0, 1):
-        play.there[named(number)] = [request_load(f"fixed-{number}", movable=False)]
-    scale(play, 1)
-    play.run(2)
-    scale(play, 2)
-    play.run(2)
-    assert play.draining == set() and play.launches() == [] and play.scaling.num_present == 2
 
 
 # ---------------------------------------------------------------------- by itself

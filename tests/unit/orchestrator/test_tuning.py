@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.core import Orchestrator
-from orchestrator.effects import Answer, PolicyRefused, PolicyUpdated, Refused, Result
+from orchestrator.effects import Answer, PolicyRefused, PolicyUpdated, Refused, Result, UpdateMembers
 from orchestrator.errors import RefusalKind
 from orchestrator.events import PolicyUpdateRequested, PolicyValue, Token
 from orchestrator.policy.rebalance import RebalanceParams
@@ -19,7 +19,7 @@ STARTED_WITH = CoreParams(rebalance=RebalanceParams(threshold_steps=100.0), max_
 
 
 def ask(core: Orchestrator, *changes: tuple[str, PolicyValue | None], etag: str = "", dry: bool = False) -> Result:
-    (answer,) = core.on(PolicyUpdateRequested(Token(1), changes, etag, dry), 1.0)
+    answer, *_ = core.on(PolicyUpdateRequested(Token(1), changes, etag, dry), 1.0)
     assert isinstance(answer, Answer)
     return answer.result
 
@@ -35,6 +35,19 @@ def test_every_parameter_can_be_read_written_and_put_back() -> None:
             assert others == {name: value for name, value in before.values if name != path}, "nothing else has changed"
         assert isinstance(ask(core, (path, None)), PolicyUpdated)
         assert core.policy() == before
+
+
+def test_how_to_dispatch_is_told_to_the_gateways_at_once_and_only_when_it_has_changed() -> None:
+    core = Orchestrator(STARTED_WITH)
+
+    def told(path: str, value: float, *, dry: bool = False) -> list[float]:
+        effects = core.on(PolicyUpdateRequested(Token(1), ((path, value),), "", dry), 1.0)
+        return [effect.dispatch.prefix_weight for effect in effects if isinstance(effect, UpdateMembers)]
+
+    assert told("dispatch.prefix_weight", 3.0, dry=True) == []
+    assert told("dispatch.prefix_weight", 3.0) == [3.0]
+    assert told("dispatch.prefix_weight", 3.0) == []
+    assert told("rebalance.rest_s", 3.0) == []
 
 
 def test_a_change_says_what_was_and_what_is() -> None:

@@ -1155,6 +1155,9 @@ class Policy(_message.Message):
         PAIR_REST_S_FIELD_NUMBER: _builtins.int
         MAX_MOVES_FIELD_NUMBER: _builtins.int
         MAX_DESTINATIONS_FIELD_NUMBER: _builtins.int
+        ATTAIN_MARGIN_FIELD_NUMBER: _builtins.int
+        ATTAIN_SOURCES_FIELD_NUMBER: _builtins.int
+        ATTAIN_REQUESTS_FIELD_NUMBER: _builtins.int
         enabled: _builtins.bool
         """False: requests move by command and by drains only."""
         threshold_steps: _builtins.float
@@ -1169,6 +1172,12 @@ class Policy(_message.Message):
         """Proposed in one tick."""
         max_destinations: _builtins.int
         """Compared with each source."""
+        attain_margin: _builtins.float
+        """Share of a target by which it must be missed before a move for its sake, and be met after it. 1: none is made."""
+        attain_sources: _builtins.int
+        """Instances that miss targets, of which one tick looks at the requests."""
+        attain_requests: _builtins.int
+        """Requests that miss, for which one tick looks for another place; of each of those instances."""
         def __init__(
             self,
             *,
@@ -1179,11 +1188,20 @@ class Policy(_message.Message):
             pair_rest_s: _builtins.float | None = ...,
             max_moves: _builtins.int | None = ...,
             max_destinations: _builtins.int | None = ...,
+            attain_margin: _builtins.float | None = ...,
+            attain_sources: _builtins.int | None = ...,
+            attain_requests: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_enabled", b"_enabled", "_margin_steps", b"_margin_steps", "_max_destinations", b"_max_destinations", "_max_moves", b"_max_moves", "_pair_rest_s", b"_pair_rest_s", "_rest_s", b"_rest_s", "_threshold_steps", b"_threshold_steps", "enabled", b"enabled", "margin_steps", b"margin_steps", "max_destinations", b"max_destinations", "max_moves", b"max_moves", "pair_rest_s", b"pair_rest_s", "rest_s", b"rest_s", "threshold_steps", b"threshold_steps"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_attain_margin", b"_attain_margin", "_attain_requests", b"_attain_requests", "_attain_sources", b"_attain_sources", "_enabled", b"_enabled", "_margin_steps", b"_margin_steps", "_max_destinations", b"_max_destinations", "_max_moves", b"_max_moves", "_pair_rest_s", b"_pair_rest_s", "_rest_s", b"_rest_s", "_threshold_steps", b"_threshold_steps", "attain_margin", b"attain_margin", "attain_requests", b"attain_requests", "attain_sources", b"attain_sources", "enabled", b"enabled", "margin_steps", b"margin_steps", "max_destinations", b"max_destinations", "max_moves", b"max_moves", "pair_rest_s", b"pair_rest_s", "rest_s", b"rest_s", "threshold_steps", b"threshold_steps"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_enabled", b"_enabled", "_margin_steps", b"_margin_steps", "_max_destinations", b"_max_destinations", "_max_moves", b"_max_moves", "_pair_rest_s", b"_pair_rest_s", "_rest_s", b"_rest_s", "_threshold_steps", b"_threshold_steps", "enabled", b"enabled", "margin_steps", b"margin_steps", "max_destinations", b"max_destinations", "max_moves", b"max_moves", "pair_rest_s", b"pair_rest_s", "rest_s", b"rest_s", "threshold_steps", b"threshold_steps"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_attain_margin", b"_attain_margin", "_attain_requests", b"_attain_requests", "_attain_sources", b"_attain_sources", "_enabled", b"_enabled", "_margin_steps", b"_margin_steps", "_max_destinations", b"_max_destinations", "_max_moves", b"_max_moves", "_pair_rest_s", b"_pair_rest_s", "_rest_s", b"_rest_s", "_threshold_steps", b"_threshold_steps", "attain_margin", b"attain_margin", "attain_requests", b"attain_requests", "attain_sources", b"attain_sources", "enabled", b"enabled", "margin_steps", b"margin_steps", "max_destinations", b"max_destinations", "max_moves", b"max_moves", "pair_rest_s", b"pair_rest_s", "rest_s", b"rest_s", "threshold_steps", b"threshold_steps"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__attain_margin: _TypeAlias = _typing.Literal["attain_margin"]  # noqa: Y015
+        _WhichOneofArgType__attain_margin: _TypeAlias = _typing.Literal["_attain_margin", b"_attain_margin"]  # noqa: Y015
+        _WhichOneofReturnType__attain_requests: _TypeAlias = _typing.Literal["attain_requests"]  # noqa: Y015
+        _WhichOneofArgType__attain_requests: _TypeAlias = _typing.Literal["_attain_requests", b"_attain_requests"]  # noqa: Y015
+        _WhichOneofReturnType__attain_sources: _TypeAlias = _typing.Literal["attain_sources"]  # noqa: Y015
+        _WhichOneofArgType__attain_sources: _TypeAlias = _typing.Literal["_attain_sources", b"_attain_sources"]  # noqa: Y015
         _WhichOneofReturnType__enabled: _TypeAlias = _typing.Literal["enabled"]  # noqa: Y015
         _WhichOneofArgType__enabled: _TypeAlias = _typing.Literal["_enabled", b"_enabled"]  # noqa: Y015
         _WhichOneofReturnType__margin_steps: _TypeAlias = _typing.Literal["margin_steps"]  # noqa: Y015
@@ -1198,6 +1216,12 @@ class Policy(_message.Message):
         _WhichOneofArgType__rest_s: _TypeAlias = _typing.Literal["_rest_s", b"_rest_s"]  # noqa: Y015
         _WhichOneofReturnType__threshold_steps: _TypeAlias = _typing.Literal["threshold_steps"]  # noqa: Y015
         _WhichOneofArgType__threshold_steps: _TypeAlias = _typing.Literal["_threshold_steps", b"_threshold_steps"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__attain_margin) -> _WhichOneofReturnType__attain_margin | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__attain_requests) -> _WhichOneofReturnType__attain_requests | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__attain_sources) -> _WhichOneofReturnType__attain_sources | None: ...
         @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__enabled) -> _WhichOneofReturnType__enabled | None: ...
         @_typing.overload
@@ -1242,6 +1266,53 @@ class Policy(_message.Message):
         @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_s) -> _WhichOneofReturnType__retry_s | None: ...
 
+    @_typing.final
+    class Dispatch(_message.Message):
+        """How gateways choose; they are told at once."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PREFIX_WEIGHT_FIELD_NUMBER: _builtins.int
+        MAX_REPORT_AGE_S_FIELD_NUMBER: _builtins.int
+        SLOW_START_S_FIELD_NUMBER: _builtins.int
+        SLOW_START_SHARE_FIELD_NUMBER: _builtins.int
+        prefix_weight: _builtins.float
+        """Blocks of running requests that a cached block of a prompt outweighs. 0: what is cached does not count."""
+        max_report_age_s: _builtins.float
+        """An instance that has said nothing for so long gets no new request."""
+        slow_start_s: _builtins.float
+        """A new instance's share rises for so long. 0: it has the whole at once."""
+        slow_start_share: _builtins.float
+        """From this share on."""
+        def __init__(
+            self,
+            *,
+            prefix_weight: _builtins.float | None = ...,
+            max_report_age_s: _builtins.float | None = ...,
+            slow_start_s: _builtins.float | None = ...,
+            slow_start_share: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_max_report_age_s", b"_max_report_age_s", "_prefix_weight", b"_prefix_weight", "_slow_start_s", b"_slow_start_s", "_slow_start_share", b"_slow_start_share", "max_report_age_s", b"max_report_age_s", "prefix_weight", b"prefix_weight", "slow_start_s", b"slow_start_s", "slow_start_share", b"slow_start_share"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_report_age_s", b"_max_report_age_s", "_prefix_weight", b"_prefix_weight", "_slow_start_s", b"_slow_start_s", "_slow_start_share", b"_slow_start_share", "max_report_age_s", b"max_report_age_s", "prefix_weight", b"prefix_weight", "slow_start_s", b"slow_start_s", "slow_start_share", b"slow_start_share"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__max_report_age_s: _TypeAlias = _typing.Literal["max_report_age_s"]  # noqa: Y015
+        _WhichOneofArgType__max_report_age_s: _TypeAlias = _typing.Literal["_max_report_age_s", b"_max_report_age_s"]  # noqa: Y015
+        _WhichOneofReturnType__prefix_weight: _TypeAlias = _typing.Literal["prefix_weight"]  # noqa: Y015
+        _WhichOneofArgType__prefix_weight: _TypeAlias = _typing.Literal["_prefix_weight", b"_prefix_weight"]  # noqa: Y015
+        _WhichOneofReturnType__slow_start_s: _TypeAlias = _typing.Literal["slow_start_s"]  # noqa: Y015
+        _WhichOneofArgType__slow_start_s: _TypeAlias = _typing.Literal["_slow_start_s", b"_slow_start_s"]  # noqa: Y015
+        _WhichOneofReturnType__slow_start_share: _TypeAlias = _typing.Literal["slow_start_share"]  # noqa: Y015
+        _WhichOneofArgType__slow_start_share: _TypeAlias = _typing.Literal["_slow_start_share", b"_slow_start_share"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__max_report_age_s) -> _WhichOneofReturnType__max_report_age_s | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_weight) -> _WhichOneofReturnType__prefix_weight | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__slow_start_s) -> _WhichOneofReturnType__slow_start_s | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__slow_start_share) -> _WhichOneofReturnType__slow_start_share | None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     REBALANCE_FIELD_NUMBER: _builtins.int
@@ -1249,6 +1320,7 @@ class Policy(_message.Message):
     STALE_AFTER_S_FIELD_NUMBER: _builtins.int
     MAX_MIGRATIONS_OUT_FIELD_NUMBER: _builtins.int
     MAX_MIGRATIONS_IN_FIELD_NUMBER: _builtins.int
+    DISPATCH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`policy`"""
     etag: _builtins.str
@@ -1263,6 +1335,8 @@ class Policy(_message.Message):
     def rebalance(self) -> Global___Policy.Rebalance: ...
     @_builtins.property
     def drain(self) -> Global___Policy.Drain: ...
+    @_builtins.property
+    def dispatch(self) -> Global___Policy.Dispatch: ...
     def __init__(
         self,
         *,
@@ -1273,10 +1347,11 @@ class Policy(_message.Message):
         stale_after_s: _builtins.float | None = ...,
         max_migrations_out: _builtins.int | None = ...,
         max_migrations_in: _builtins.int | None = ...,
+        dispatch: Global___Policy.Dispatch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_migrations_in", b"_max_migrations_in", "_max_migrations_out", b"_max_migrations_out", "_stale_after_s", b"_stale_after_s", "drain", b"drain", "max_migrations_in", b"max_migrations_in", "max_migrations_out", b"max_migrations_out", "rebalance", b"rebalance", "stale_after_s", b"stale_after_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_migrations_in", b"_max_migrations_in", "_max_migrations_out", b"_max_migrations_out", "_stale_after_s", b"_stale_after_s", "dispatch", b"dispatch", "drain", b"drain", "max_migrations_in", b"max_migrations_in", "max_migrations_out", b"max_migrations_out", "rebalance", b"rebalance", "stale_after_s", b"stale_after_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_migrations_in", b"_max_migrations_in", "_max_migrations_out", b"_max_migrations_out", "_stale_after_s", b"_stale_after_s", "drain", b"drain", "etag", b"etag", "max_migrations_in", b"max_migrations_in", "max_migrations_out", b"max_migrations_out", "name", b"name", "rebalance", b"rebalance", "stale_after_s", b"stale_after_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_migrations_in", b"_max_migrations_in", "_max_migrations_out", b"_max_migrations_out", "_stale_after_s", b"_stale_after_s", "dispatch", b"dispatch", "drain", b"drain", "etag", b"etag", "max_migrations_in", b"max_migrations_in", "max_migrations_out", b"max_migrations_out", "name", b"name", "rebalance", b"rebalance", "stale_after_s", b"stale_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_migrations_in: _TypeAlias = _typing.Literal["max_migrations_in"]  # noqa: Y015
     _WhichOneofArgType__max_migrations_in: _TypeAlias = _typing.Literal["_max_migrations_in", b"_max_migrations_in"]  # noqa: Y015
