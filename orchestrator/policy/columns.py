@@ -160,7 +160,12 @@ class Columns:
         return self._usable[row]
 
     def scores(
-        self, demand_blocks: int, now_s: float, left_out: Sequence[int] = (), saved_blocks: Scores | None = None
+        self,
+        demand_blocks: int,
+        now_s: float,
+        left_out: Sequence[int] = (),
+        saved_blocks: Scores | None = None,
+        best_only: bool = False,
     ) -> Scores:
         """Freeness of each with this request on it, in decode steps; higher is better; -inf: not to be chosen, as those
         `left_out`. Instances too small for it count only where no other is left.
@@ -174,6 +179,9 @@ class Columns:
         `saved_blocks`: how much of the prompt each has cached. That is demand that is not there, and the instance
         counts as if so many blocks of what runs there were gone, with their share of the batch. By demand alone one
         running request more would outweigh any prefix where memory is plentiful.
+
+        `best_only`: which one is the highest is all that is asked. Where somebody has room those without keep some
+        number below zero.
         """
         spare: Scores = (self.reported_s - now_s) * self.growth_per_s
         spare += self.spare
@@ -188,15 +196,14 @@ class Columns:
             risen = (now_s - self.first_report_s) / self._params.slow_start_s
             np.maximum(risen, self._params.slow_start_share, out=risen)
             steps *= np.minimum(risen, 1.0, out=risen)
-        short = spare < 0
-        if short.any():
-            np.add(spare, self.behind, out=steps, where=short)
         for row in left_out:
             steps[row] = -math.inf
         if demand_blocks > self._smallest:
             large_enough = np.where(self.total >= demand_blocks, steps, -math.inf)
             if large_enough.max() > -math.inf:
-                return large_enough
+                steps = large_enough
+        if not (best_only and steps[steps.argmax()] >= 0.0):
+            np.add(spare, self.behind, out=steps, where=(spare < 0) & (steps > -math.inf))
         return steps
 
     def check_integrity(self, entries: Sequence[Entry]) -> None:

@@ -257,7 +257,7 @@ class DispatchBook:
         if not num_candidates:
             return self._nobody(now_s)
         saved = self.prefixes.saved_blocks(prefix)
-        scores = columns.scores(demand_blocks, now_s, left_out, saved)
+        scores = columns.scores(demand_blocks, now_s, left_out, saved, best_only=wanted is None)
         attainment = None
         if wanted is not None:
             saved_tokens = 0.0 if saved is None else saved * self.prefixes.block_size
