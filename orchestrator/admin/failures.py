@@ -17,6 +17,8 @@ DOMAIN = "kvferry"
 DETAILS = "grpc-status-details-bin"
 """The trailer in which every gRPC library looks for google.rpc.Status."""
 MAX_TEXT_BYTES = 400
+MAX_ETAG_CHARS = 64
+"""Of one that is asked for; ours have 16."""
 """Trailers are bounded (8 KiB, what is in them escaped or in base64); what a caller sent comes back cut."""
 MAX_VIOLATIONS = 16
 MAX_FIELD_BYTES = 60
@@ -94,6 +96,12 @@ def cut(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """One bounded line."""
     line = " ".join(text.split()).encode(errors="replace")
     return line.decode() if len(line) <= max_bytes else f"{line[: max_bytes - 3].decode(errors='ignore')}..."
+
+
+def asked_etag(text: str) -> str:
+    """What a client says it knows, bounded: it is written to the journal. One that is too long is no etag of ours, nor
+    is its beginning."""
+    return text[:MAX_ETAG_CHARS]
 
 
 def _any(message: Message) -> any_pb2.Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from google.protobuf.message import Message
 
 from orchestrator.admin.commands import Brain
-from orchestrator.admin.failures import declined, invalid
+from orchestrator.admin.failures import asked_etag, declined, invalid
 from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as pb
 from orchestrator.effects import PolicyUpdated
 from orchestrator.events import PolicyUpdateRequested, PolicyValue
@@ -34,7 +34,7 @@ class PolicyKeeper:
         paths = [path for path, _ in self._brain.policy().values]
         named = tuple(asked.update_mask.paths)
         changes = tuple((path, value_in(asked.policy, path)) for path in chosen(asked.policy, named, paths))
-        etag, is_dry = asked.policy.etag, asked.validate_only
+        etag, is_dry = asked_etag(asked.policy.etag), asked.validate_only
         result = await self._brain.ask(lambda token: PolicyUpdateRequested(token, changes, etag, is_dry))
         if not isinstance(result, PolicyUpdated):
             raise declined(result)

@@ -12,7 +12,7 @@ from typing import Any
 import grpc.aio
 
 from orchestrator.admin.commands import Brain
-from orchestrator.admin.failures import declined, invalid
+from orchestrator.admin.failures import asked_etag, declined, invalid
 from orchestrator.admin.pb.kvferry.admin.v1 import priorities_pb2 as pb
 from orchestrator.admin.pb.kvferry.admin.v1 import priorities_pb2_grpc as pb_grpc
 from orchestrator.effects import KeyClassSet, LevelSet
@@ -51,7 +51,7 @@ class PriorityService(pb_grpc.PriorityServiceServicer):
             raise invalid("level", f"it must be one of {names}, or a whole number") from None
 
         def requested(token: Token) -> KeyClassRequested:
-            return KeyClassRequested(token, digest, level, _SET_KEY, request.etag, request.validate_only)
+            return KeyClassRequested(token, digest, level, _SET_KEY, asked_etag(request.etag), request.validate_only)
 
         result = await self._brain.ask(requested)
         if not isinstance(result, KeyClassSet) or result.priority is None:
@@ -66,7 +66,7 @@ class PriorityService(pb_grpc.PriorityServiceServicer):
         digest = _digest(request.key_sha256)
 
         def requested(token: Token) -> KeyClassRequested:
-            return KeyClassRequested(token, digest, None, _DELETE_KEY, request.etag, request.validate_only)
+            return KeyClassRequested(token, digest, None, _DELETE_KEY, asked_etag(request.etag), request.validate_only)
 
         result = await self._brain.ask(requested)
         if not isinstance(result, KeyClassSet):
@@ -83,7 +83,9 @@ class PriorityService(pb_grpc.PriorityServiceServicer):
         blocks = request.headroom_blocks if request.HasField("headroom_blocks") else None
 
         def requested(token: Token) -> LevelRequested:
-            return LevelRequested(token, request.name, rank, blocks, _SET_LEVEL, request.etag, request.validate_only)
+            return LevelRequested(
+                token, request.name, rank, blocks, _SET_LEVEL, asked_etag(request.etag), request.validate_only
+            )
 
         result = await self._brain.ask(requested)
         if not isinstance(result, LevelSet):

@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
+from orchestrator.admin.pb.kvferry.admin.v1 import admin_pb2 as admin_pb
 from orchestrator.admin.pb.kvferry.admin.v1 import priorities_pb2 as pb
 from orchestrator.admin.priorities import SERVICE
 from orchestrator.cli import run_cli
@@ -187,6 +188,24 @@ async def test_a_client_without_a_proto_finds_the_service(world: World) -> None:
     service = await ReflectedService.of(world.channel, SERVICE)
     answer = await service.call("SetKeyPriority", {"key_sha256": NEW, "level": "high"})
     assert answer["key"]["priority"] == -10
+
+
+def test_what_a_client_holds_for_an_etag_fills_no_journal(tmp_path: Path) -> None:
+    path, core = tmp_path / "journal.jsonl", Orchestrator(CoreParams(key_classes=((VIP, -10),)))
+    long = "x" * 1_000_000
+
+    async def change() -> None:
+        async with admin_world(Terms(made=core, journal=Journal(path, core, 0.0, PROMPT))) as world:
+            for call in (
+                world.priorities.SetKeyPriority(pb.SetKeyPriorityRequest(key_sha256=VIP, level="low", etag=long)),
+                world.priorities.DeleteKeyPriority(pb.DeleteKeyPriorityRequest(key_sha256=VIP, etag=long)),
+                world.priorities.UpdatePriorityLevel(pb.UpdatePriorityLevelRequest(name="high", rank=-11, etag=long)),
+                world.stub.UpdatePolicy(admin_pb.UpdatePolicyRequest(policy=admin_pb.Policy(etag=long))),
+            ):
+                assert (await refused(call))[0] is CODE.ABORTED
+
+    asyncio.run(change())
+    assert path.stat().st_size < 100_000
 
 
 def test_the_journal_has_who_changed_what_and_is_replayed_and_holds_no_key(tmp_path: Path) -> None:
