@@ -9,6 +9,9 @@ Beside each choice an empty loop that takes about as long is timed (*null*).
 and the taking in of what an instance's cache has changed in a quarter of a second.
 *Rebalance*: one `plan_rebalance` over views of as many instances and requests, half of them short of memory.
 *Attain*: one `plan_attain` over the same, every second request with a target, some of which every instance misses.
+*Core*: a whole tick of the orchestrator's core that holds these instances and requests: drains, views of all records,
+rebalance, attain (with targets as above: *targets*) and the effects, of which up to eight begin a move that ends
+between two ticks.
 
 Pure code of production, in this process, nothing else: no wire, no clock of its own. Times are of this machine.
 """
@@ -29,14 +32,33 @@ import numpy as np
 from bench.report import Value, spread_of
 from bench.sheet import options_of, result_of, show, table_of
 from instance.lifecycle import State
-from instance.messages import ALL_CACHED, HASH_BYTES, CachedBlocks, LoadReport, RequestLoad
-from migration.types import Epoch, InstanceId
+from instance.messages import (
+    ALL_CACHED,
+    HASH_BYTES,
+    CachedBlocks,
+    LoadReport,
+    RequestLoad,
+    RequestReport,
+    StepTotals,
+)
+from migration.types import Epoch, Incarnation, InstanceId, Outcome
+from orchestrator.core import Orchestrator
+from orchestrator.effects import StartMigration
+from orchestrator.events import (
+    InstanceStarted,
+    MigrationEnded,
+    MigrationFigures,
+    ReportReceived,
+    RequestsReceived,
+    Ticked,
+)
 from orchestrator.policy.attain import plan_attain
 from orchestrator.policy.dispatch import Choice, DispatchBook
 from orchestrator.policy.moves import InstanceView
 from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
 from orchestrator.policy.standing import standing_of
 from orchestrator.policy.targets import tightest_of
+from orchestrator.state import CoreParams
 
 SIZES = (16, 64, 256, 1_024)
 REQUESTS_EACH = 100
@@ -59,6 +81,7 @@ PREFIX_COLUMNS = ("instances", "hashes", "dispatch p50", "p99", "news p99", "wor
 COLUMNS = (
     "instances", "requests", "dispatch p50", "p99", "null p50", "p99", "report p99", "book MiB",
     "tick p50", "worst", "moves", "attain p50", "worst", "moves",
+    "core p50", "worst", "targets p50", "worst",
 )  # fmt: skip
 SPEED = (8e-3, 3e-5, 2e-5, 2e-5, 1e-7, 3e-9)
 """Of every instance: the proportions of policy/steptime.py."""
@@ -219,6 +242,39 @@ def time_attain(num_instances: int, num_ticks: int) -> tuple[list[float], int]:
     return ticks_ms, num_moves
 
 
+def time_core(views: tuple[InstanceView, ...], num_ticks: int) -> list[float]:
+    """Milliseconds of each whole tick of a core that was told of these."""
+    core, now_s = Orchestrator(CoreParams(max_instances=len(views))), 0.0
+    for view in views:
+        where = Incarnation(view.instance, Epoch(view.load.epoch), "tcp://here")
+        core.on(InstanceStarted(where, view.instance, "model", view.load.block_size, TOTAL_BLOCKS), now_s)
+        core.on(ReportReceived(with_steps(view.load)), now_s)
+        core.on(RequestsReceived(RequestReport(view.instance, view.load.epoch, 1, view.requests)), now_s)
+    ticks_ms = []
+    for _ in range(num_ticks):
+        begun = time.perf_counter_ns()
+        effects = core.on(Ticked(), now_s)
+        ticks_ms.append((time.perf_counter_ns() - begun) / 1e6)
+        for effect in effects:
+            if isinstance(effect, StartMigration):
+                core.on(MigrationEnded(effect.number, Outcome.COMMITTED, "", MigrationFigures()), now_s)
+    return ticks_ms
+
+
+def with_steps(load: LoadReport) -> LoadReport:
+    """A thousand decode steps as SPEED has them, so that the core has learned how fast it is."""
+    num_steps, context = 1_000, (load.total_blocks - load.free_blocks) * load.block_size
+    decoded = num_steps * load.num_running
+    steps = StepTotals(
+        num_steps=num_steps,
+        num_decode_tokens=decoded,
+        num_decoding=decoded,
+        num_context_tokens=num_steps * context,
+        busy_s=num_steps * standing_of(load, SPEED).tpot_s(),
+    )
+    return msgspec.structs.replace(load, steps=steps)
+
+
 def percentile(values: list[float], share: float) -> float:
     return float(np.percentile(values, share))
 
@@ -245,6 +301,7 @@ def main() -> int:
         choices, reports, nulls, size_mib = time_dispatch(size, num_choices)
         ticks, num_moves = time_rebalance(size, num_ticks)
         attaining, num_attained = time_attain(size, num_ticks)
+        whole, wanted = (time_core(views, num_ticks) for views in (views_of(size), wanting(views_of(size))))
         arms[str(size)] = {
             "dispatch_p50_ms": percentile(choices, 50),
             "dispatch_p99_ms": percentile(choices, 99),
@@ -258,10 +315,16 @@ def main() -> int:
             "attain_p50_ms": percentile(attaining, 50),
             "attain_worst_ms": max(attaining),
             "attain_moves": num_attained,
+            "core_p50_ms": percentile(whole, 50),
+            "core_worst_ms": max(whole),
+            "core_targets_p50_ms": percentile(wanted, 50),
+            "core_targets_worst_ms": max(wanted),
         }
         spread[f"dispatch_ms_{size}"] = spread_of(choices)
         spread[f"rebalance_ms_{size}"] = spread_of(ticks)
         spread[f"attain_ms_{size}"] = spread_of(attaining)
+        spread[f"core_ms_{size}"] = spread_of(whole)
+        spread[f"core_targets_ms_{size}"] = spread_of(wanted)
         figures = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in arms[str(size)].values()]
         table.add_row(f"{size:,}", f"{size * REQUESTS_EACH:,}", *figures)
 
@@ -292,6 +355,8 @@ def main() -> int:
             "rebalance_ms_1024": float(largest["rebalance_worst_ms"] or 0.0),
             "dispatch_prefixes_p99_ms_1024": float(arms[f"prefixes_{SIZES[-1]}"]["dispatch_p99_ms"] or 0.0),
             "attain_ms_1024": float(largest["attain_worst_ms"] or 0.0),
+            "core_ms_1024": float(largest["core_worst_ms"] or 0.0),
+            "core_targets_ms_1024": float(largest["core_targets_worst_ms"] or 0.0),
         },
         arms=arms,
         n={"choices": num_choices, "ticks": num_ticks},

@@ -82,7 +82,7 @@ class Orchestrator:
         self._drain_waiters: dict[Token, InstanceId] = {}
         self._cancellations = Cancellations(params.max_waiters)
         self._tuning = Tuning(params)
-        self._num_migrations = 0
+        self._num_migrations = MigrationNumber(0)
         self._reprioritising = Reprioritising(params)
         self._request_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
         self._drain_rests: RestingPlace[RequestId] = RestingPlace(params.max_resting)
@@ -333,19 +333,21 @@ class Orchestrator:
             place.forget_rested(now_s)
         self._pair_rests.forget_rested(now_s)
         views = self._views(now_s)
-        effects = self._start_all(plan_drain(views, self._drain_rests.names(), self._params.drain), now_s)
+        moves = plan_drain(views, self._drain_rests.names(), self._params.drain)
+        effects = self._start_all(moves, now_s)
         if self._params.is_rebalancing:
             resting, params = Resting(self._request_rests.names(), self._pair_rests.names()), self._params.rebalance
             for plan in (plan_rebalance, self._attaining.moves):
-                views = self._views(now_s) if effects else views  # what was begun counts as made
-                effects += self._start_all(plan(views, resting, params), now_s)
+                views = self._views(now_s, (views, moves))  # what was begun counts as made
+                moves = plan(views, resting, params)
+                effects += self._start_all(moves, now_s)
         if self._scaling.is_active:
             drains = Drains(self._instances, self._begin_drain, self._end_drain)
-            effects += self._scaling.tick(self._views(now_s), drains, now_s)
+            effects += self._scaling.tick(self._views(now_s, (views, moves)), drains, now_s)
         return effects
 
-    def _views(self, now_s: float) -> tuple[InstanceView, ...]:
-        return view.instance_views(list(self._instances.values()), list(self._in_flight.values()), self._params, now_s)
+    def _views(self, now_s: float, since: view.Since = ((), ())) -> tuple[InstanceView, ...]:
+        return view.instance_views(self._instances, self._in_flight, self._params, now_s, since)
 
     def _on_migrate_requested(self, event: MigrateRequested, now_s: float) -> list[Effect]:
         found = view.find_move(event, self._instances, list(self._in_flight.values()), self._params, now_s)
@@ -357,14 +359,12 @@ class Orchestrator:
         return [self._start(move, None, "live", now_s) for move in moves]
 
     def _start(self, move: Move, token: Token | None, mode: str, now_s: float) -> StartMigration:
-        self._num_migrations += 1
-        number = MigrationNumber(self._num_migrations)
+        number = self._num_migrations = MigrationNumber(self._num_migrations + 1)
         source, destination = self._instances[move.source], self._instances[move.destination]
         record = view.begun(number, move, source.incarnation, destination.incarnation, now_s)
         self._in_flight[number] = replace(record, mode=mode, token=token)
-        return StartMigration(
-            number, move.request_id, record.source, record.destination, mode, move.reason, move.signal_age_s
-        )
+        where, why = (record.source, record.destination), (move.reason, move.signal_age_s)
+        return StartMigration(number, move.request_id, *where, mode, *why)
 
     def _on_migration_ended(self, event: MigrationEnded, now_s: float) -> list[Effect]:
         record = self._in_flight.pop(event.number, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -29,14 +30,34 @@ from orchestrator.state import (
 _MAX_NAMED = 5
 """Alternatives spelled out in a refusal."""
 
+Since = tuple[tuple[InstanceView, ...], tuple[Move, ...]]
+"""Views made earlier at the same time, and the moves that have begun since."""
+
 
 def instance_views(
-    instances: list[InstanceRecord], in_flight: list[MigrationRecord], params: CoreParams, now_s: float
+    records: Mapping[InstanceId, InstanceRecord],
+    migrations: Mapping[MigrationNumber, MigrationRecord],
+    params: CoreParams,
+    now_s: float,
+    since: Since = ((), ()),
 ) -> tuple[InstanceView, ...]:
     """The live instances whose report is fresh, with the moves in flight counted as if they had been made. A source
-    that has sent nothing yet is taken to copy as the others do."""
+    that has sent nothing yet is taken to copy as the others do.
+
+    `since`: all else is as it was.
+    """
+    before, begun = since
+    if before and not begun:
+        return before
+    changed = {name for move in begun for name in (move.source, move.destination)}
+    kept = {one.instance: one for one in before if one.instance not in changed}
+    instances, in_flight = records.values(), migrations.values()
     moving = {record.request_id for record in in_flight}
-    sources = {record.source for record in in_flight}
+    sources: defaultdict[Incarnation, list[MigrationRecord]] = defaultdict(list)
+    destinations: defaultdict[Incarnation, list[MigrationRecord]] = defaultdict(list)
+    for move in in_flight:
+        sources[move.source].append(move)
+        destinations[move.destination].append(move)
     on_the_way = {
         item.request_id: item
         for record in instances
@@ -50,13 +71,19 @@ def instance_views(
     for record in instances:
         if record.load is None or now_s - record.load_at_s > params.stale_after_s:
             continue
-        leaving = [move for move in in_flight if move.source == record.incarnation]
-        joining = [move for move in in_flight if move.destination == record.incarnation]
+        known = kept.get(record.instance)
+        if known is not None:
+            views.append(known)
+            continue
+        leaving, joining = sources.get(record.incarnation, []), destinations.get(record.incarnation, [])
+        requests = record.requests
+        if leaving or joining:  # nobody else can have said that one of those is there
+            requests = tuple(item for item in requests if RequestId(item.request_id) not in moving)
         views.append(
             InstanceView(
                 instance=record.instance,
                 load=_after(record.load, leaving, joining),
-                requests=tuple(item for item in record.requests if RequestId(item.request_id) not in moving),
+                requests=requests,
                 draining=record.state is not State.SERVING or record.load.state != State.SERVING.value,
                 slots_out=max(0, params.max_migrations_out - len(leaving)),
                 slots_in=max(0, params.max_migrations_in - len(joining)),
