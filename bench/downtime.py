@@ -11,8 +11,9 @@ The second part lets other requests decode on both sides while one is moved ther
 that each move copies all of it, and compares their token gaps during a copy with those just before it, and those with
 the gaps before them: what two spans without a move differ by.
 
-Both are done with two models (bench/models/README.md): `wide`, whose KV beside its weights is what served models have,
-at all lengths; and `tiny`, the demo's, whose step at 8k tokens is mostly reading KV, at the shortest and the longest.
+Both are done with three models (bench/models/README.md): `wide`, whose KV beside its weights is what served models of 8
+billion parameters have, at all lengths; `wider`, as with 70 billion, and `tiny`, the demo's, whose step at 8k tokens is
+mostly reading KV, at the shortest and the longest.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from bench.fleet import Fleet, FleetError, Stream
 from bench.report import Result, write_result
 
 MODELS = Path(__file__).parent / "models"
-MODEL, ALSO = "wide", "tiny"
-MODEL_FLAGS = {"wide": ("--load-format", "dummy", "--skip-tokenizer-init"), "tiny": ()}
-"""`wide` is a configuration only: its weights are random, which no time here depends on."""
+MODEL, ALSO = "wide", ("wider", "tiny")
+NO_WEIGHTS = ("--load-format", "dummy", "--skip-tokenizer-init")
+"""A configuration only: the weights are random, which no time here depends on."""
+MODEL_FLAGS = {"wide": NO_WEIGHTS, "wider": NO_WEIGHTS, "tiny": ()}
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 QUICK_LENGTHS = (256, 2048, 8192)
 SETTLE_TOKENS = 24
@@ -52,7 +54,7 @@ FRESH_TOKENS, MAX_TOKENS = 1300, 2000
 """After so many of its tokens all are submitted anew; and what each may put out, which leaves room for a last move."""
 
 
-def engine_argv(longest: int, model: str = ALSO) -> tuple[str, ...]:
+def engine_argv(longest: int, model: str = "tiny") -> tuple[str, ...]:
     """Room for one request of the longest kind beside the others on each side."""
     return (
         str(MODELS / model),
@@ -179,7 +181,9 @@ async def run(options: argparse.Namespace, console: Console) -> Result:
     rng = random.Random(options.seed)
     arms: list[Arm] = []
     slow: list[Slowdown] = []
-    for model, at in ((MODEL, lengths), (ALSO, (lengths[0], lengths[-1]))):
+    models = (options.only,) if options.only else (MODEL, *ALSO)
+    for model in models:
+        at = lengths if model == MODEL else (lengths[0], lengths[-1])
         console.print(f"{model}: starting two instances ...")
         async with Fleet.running(("source", "destination"), engine_argv(max(lengths), model)) as fleet:
             with Progress(console=console, transient=True) as say:
@@ -190,7 +194,7 @@ async def run(options: argparse.Namespace, console: Console) -> Result:
                 slow += await slowdowns(fleet, rng, model, max(lengths), options, say)
         console.print(table_of(arms, model))
     console.print(slow_table(slow))
-    if options.picture:
+    if options.picture and MODEL in models:
         points = {
             (NAMES[mode], length): [arm.downtime_s * 1e3 for arm in arms if _is_of(arm, mode, length)]
             for mode in MODES
@@ -198,7 +202,7 @@ async def run(options: argparse.Namespace, console: Console) -> Result:
         }
         draw(points, options.picture)
         console.print(f"picture: {options.picture}")
-    return result_of(arms, slow, MODEL, ALSO)
+    return result_of(arms, slow, MODEL, models)
 
 
 def _is_of(arm: Arm, mode: str, length: int) -> bool:
@@ -213,6 +217,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=0, help="moves an arm (default 9; 3 with --quick)")
     parser.add_argument("--others", type=int, default=2, help="requests that decode beside it on each side (default 2)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=(MODEL, *ALSO), help="one model")
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:

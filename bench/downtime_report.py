@@ -54,14 +54,19 @@ class Slowdown:
         return self.before_s / self.earlier_s
 
 
-def figures(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, also: str) -> dict[str, float | int | None]:
-    """The bars' numbers, from medians over `model`; those over `also` have its name behind them.
+def figures(
+    arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, models: Sequence[str]
+) -> dict[str, float | int | None]:
+    """The bars' numbers, from medians over `model`; those over the others of `models` have its name behind them.
 
     `downtime_growth`: longest length over the shortest. `step_growth`: the same of an ordinary step at the source,
     which every downtime holds one of: what no migration can do better than.
     """
-    found = _figures(arms, slow, model)
-    return found | {f"{name}_{also}": value for name, value in _figures(arms, slow, also).items()}
+    return {
+        name if one == model else f"{name}_{one}": value
+        for one in models
+        for name, value in _figures(arms, slow, one).items()
+    }
 
 
 def _figures(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str) -> dict[str, float | int | None]:
@@ -126,7 +131,7 @@ def slow_table(slow: Sequence[Slowdown]) -> Table:
     return table
 
 
-def result_of(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, also: str) -> Result:
+def result_of(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, models: Sequence[str]) -> Result:
     keyed = {f"{name}_{mode}_{length}": rows for (name, mode, length), rows in _grouped(arms).items()}
     described: dict[str, dict[str, Value]] = {
         name: {
@@ -138,13 +143,13 @@ def result_of(arms: Sequence[Arm], slow: Sequence[Slowdown], model: str, also: s
         }
         for name, rows in keyed.items()
     }
-    ratios = {f"{name}_others": [row.ratio for row in slow if row.model == name] for name in (model, also)}
-    ratios |= {f"{name}_no_move": [row.null_ratio for row in slow if row.model == name] for name in (model, also)}
+    ratios = {f"{name}_others": [row.ratio for row in slow if row.model == name] for name in models}
+    ratios |= {f"{name}_no_move": [row.null_ratio for row in slow if row.model == name] for name in models}
     return Result(
         name="downtime",
         command=shlex.join(["python", "-m", "bench.downtime", *sys.argv[1:]]),
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        figures=figures(arms, slow, model, also),
+        figures=figures(arms, slow, model, models),
         arms=described,
         n={name: len(rows) for name, rows in keyed.items()} | {name: len(row) for name, row in ratios.items()},
         spread={
