@@ -130,6 +130,7 @@ class Pace:
     def _make_columns(self) -> None:
         self._table: Floats = np.zeros((len(COLUMNS), len(self._rows)))
         self._columns = dict(zip(COLUMNS, self._table, strict=True))
+        self._columns["prefill_room"][:] = 1.0  # of those that have not reported: nobody asks, but it is divided by
         for report in self._reports.values():
             self._write(report)
 
