@@ -22,7 +22,7 @@ from orchestrator.admin.pb.kvferry.admin.v1.scaling_pb2_grpc import ScalingServi
 from orchestrator.errors import OrchestratorError, Unreachable
 
 MAX_MESSAGE_BYTES = 4 << 20
-CONNECT_S = 3.0
+CONNECT_S = 10.0
 COMMAND_S = 15.0
 """Longer than the orchestrator waits for an instance or a gateway."""
 MIGRATE_S = 90.0

@@ -108,9 +108,10 @@ class House:
 
     async def spend_budgets(self) -> None:
         """One move in each direction: the next one stays in its first copy."""
-        for source, destination in (("i0", "i1"), ("i1", "i0")):
+        for number, (source, destination) in enumerate((("i0", "i1"), ("i1", "i0")), start=1):
             name = f"{SPENDER}{source}"
-            await self.fleet.run(source, name, FakeRequest(PROMPT, 100), 3)
+            prompt = tuple(range(1000 * number, 1000 * number + 60))  # what is cached there already is not copied
+            await self.fleet.run(source, name, FakeRequest(prompt, 100), 3)
             moved = await self.fleet.services[source].migrate(name, self.fleet.members[destination])
             assert moved.outcome == "committed", moved
             await self.fleet.finish(name)

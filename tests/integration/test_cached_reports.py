@@ -60,7 +60,7 @@ async def test_what_was_lost_is_told_again_to_who_says_how_much_it_knows() -> No
 
 
 async def test_a_destination_tells_the_blocks_that_came_with_a_request() -> None:
-    request = a_request(4, 6 * SIZE, 400)
+    request = a_request(4, 6 * SIZE, 3000)
     async with fleet_of(2) as fleet:
         gateway = fleet.gateway
         for member in fleet.members.values():

@@ -16,6 +16,9 @@ from migration.types import Description, MigrationId, Refusal, RequestId, Reserv
 from tests.support.model import tiny_model_path
 from tests.support.vllm_kit import prompt_of, start_engine, submission_of
 
+pytestmark = pytest.mark.timeout(300)
+"""Engines start in it."""
+
 R = RequestId("r")
 
 

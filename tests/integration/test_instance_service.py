@@ -20,7 +20,7 @@ async def test_a_submission_for_another_epoch_is_refused_and_a_repeated_one_answ
         fleet.gateway.submit(fleet.members["i0"], "old", a_request(15), epoch=0)
         await fleet.gateway.until(lambda: "old" in fleet.gateway.answers)
         assert "epoch" in str(fleet.gateway.answers["old"].refusal) and not fleet.gateway.answers["old"].final
-        request = a_request(16, 20, 100)
+        request = a_request(16, 20, 1500)
         await fleet.run("i0", "r", request, 3)
         del fleet.gateway.answers["r"]
         fleet.gateway.submit(fleet.members["i0"], "r", request)
@@ -51,7 +51,7 @@ async def test_a_request_that_can_never_run_is_refused_for_good() -> None:
 
 
 async def test_malformed_and_foreign_messages_are_counted_and_change_nothing() -> None:
-    request = a_request(20, 50, 150)
+    request = a_request(20, 50, 1500)
     async with fleet_of(1) as fleet:
         member, service = fleet.members["i0"], fleet.services["i0"]
         await fleet.run("i0", "r", request, 3)
@@ -72,18 +72,19 @@ async def test_malformed_and_foreign_messages_are_counted_and_change_nothing() -
 
 async def test_subscribers_hear_of_load_and_requests_and_only_while_their_lease_runs() -> None:
     async with fleet_of(1) as fleet:
-        fleet.gateway.subscribe(fleet.members["i0"], lease_s=0.35, with_requests=True)
+        fleet.gateway.subscribe(fleet.members["i0"], lease_s=30.0, with_requests=True)
         await fleet.gateway.until(lambda: fleet.gateway.num_reports["i0"] >= 3)
         idle = fleet.gateway.reports["i0"]
         assert (idle.free_blocks, idle.num_running, idle.state) == (256, 0, "serving")
         await fleet.gateway.until(lambda: "i0" in fleet.gateway.request_reports)
         assert fleet.gateway.request_reports["i0"].requests == ()
-        await fleet.run("i0", "r", a_request(21, 100, 100), 5)
+        await fleet.run("i0", "r", a_request(21, 100, 1500), 5)
         busy = fleet.gateway.reports["i0"]
         assert busy.num_running == 1 and busy.free_blocks < 256 and busy.submits_seen == 1
         assert busy.step > idle.step and busy.step_time_s > 0
         await fleet.finish("r")
-        async with asyncio.timeout(5):
+        fleet.gateway.subscribe(fleet.members["i0"], lease_s=0.01)
+        async with asyncio.timeout(20):
             while fleet.services["i0"].agent.num_subscribers:
                 await fleet.services["i0"].loop.call(lambda engine: None)
 
@@ -93,7 +94,7 @@ async def test_an_instance_whose_engine_breaks_ends_and_says_why_once() -> None:
         service = fleet.services["i0"]
         fleet.gateway.submit(fleet.members["i0"], "r", a_request(22))
         with pytest.raises(Exception, match="FakeEngineBroke") as died:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await service.lifetime()
         assert type(died.value).__name__ == "EngineFailed"
         refused = await service.migrate("r", fleet.members["i0"])
@@ -109,7 +110,7 @@ async def test_a_stop_is_prompt_even_while_a_commit_is_unanswered() -> None:
         await fleet.kill("i1")
         begun_s = asyncio.get_running_loop().time()
         await fleet.services.pop("i0").stop()
-        assert asyncio.get_running_loop().time() - begun_s < 3.0
+        assert asyncio.get_running_loop().time() - begun_s < 15.0
         await moving
 
 

@@ -13,6 +13,9 @@ from migration.types import RequestId
 from tests.support.pair import EnginePair, Shape
 from tests.support.vllm_kit import VllmKit, start_engine
 
+pytestmark = pytest.mark.timeout(300)
+"""Engines start in it."""
+
 
 @pytest.fixture(scope="module")
 def tight_kit() -> VllmKit:

@@ -30,6 +30,9 @@ from tests.support.model import tiny_model_path
 from tests.support.pair import EnginePair, Shape
 from tests.support.vllm_kit import VllmKit, engine_argv, prompt_of, shared_kit, start_engine, submission_of
 
+pytestmark = pytest.mark.timeout(300)
+"""Engines start in it."""
+
 
 def seeded(max_tokens: int = 20, **values: Any) -> SamplingParams:
     return SamplingParams(temperature=1.0, seed=11, max_tokens=max_tokens, ignore_eos=True, **values)

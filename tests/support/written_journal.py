@@ -17,7 +17,7 @@ from orchestrator.runtime.journal import Journal, JournalParams, decided
 from orchestrator.state import CoreParams
 
 START_S = 1000.0
-PROMPT = JournalParams(flush_s=0.0)
+PROMPT = JournalParams(flush_s=0.0, close_s=30.0)
 
 
 def write_story(

@@ -18,7 +18,7 @@ def test_an_hour_passes_in_no_time() -> None:
 
     started_s = time.monotonic()
     assert run_jumping(main()) == pytest.approx(3600)
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < 10
 
 
 def test_timers_fire_in_the_order_of_their_times_and_every_run_is_the_same() -> None:
