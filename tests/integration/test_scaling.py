@@ -71,7 +71,7 @@ async def eventually(serving: Serving, is_so: Callable[[dict[str, Any]], bool]) 
 async def test_scaling_in_under_load_and_out_again_loses_no_token_of_any_stream(serving: Serving) -> None:
     """1. Streams run on both. 2. `kvferry scale 1`: those of one move, and it is stopped. 3. `kvferry scale 2`: a new
     one comes under the old name and a new epoch. 4. A stream moves to it. 5. All say what they say alone."""
-    requests = {f"scaled-{n}": FakeRequest(prompt=tuple(range(n, n + 30)), max_tokens=900) for n in range(NUM_REQUESTS)}
+    requests = {f"scaled-{n}": FakeRequest(prompt=tuple(range(n, n + 30)), max_tokens=600) for n in range(NUM_REQUESTS)}
     async with gateway_of_our_own() as gateway:
         before = await asyncio.to_thread(serving_ones, serving)
         for number, (name, request) in enumerate(requests.items()):
