@@ -1,6 +1,6 @@
 """How long does a request stand still when it moves, and what do the others feel?
 
-    python -m bench.downtime [--quick] [--json FILE] [--picture FILE]
+    python -m bench.downtime [--quick] [--json FILE] [--picture FILE] [--only MODEL]
 
 Two real instances on this machine. A request of the wanted length decodes at the source, is moved in one of three ways
 (live; blocking: stop, copy all; re-prefill: stop, copy nothing, compute again) and goes on at the destination. The
@@ -54,7 +54,7 @@ FRESH_TOKENS, MAX_TOKENS = 1300, 2000
 """After so many of its tokens all are submitted anew; and what each may put out, which leaves room for a last move."""
 
 
-def engine_argv(longest: int, model: str = "tiny") -> tuple[str, ...]:
+def engine_argv(longest: int, model: str) -> tuple[str, ...]:
     """Room for one request of the longest kind beside the others on each side."""
     return (
         str(MODELS / model),

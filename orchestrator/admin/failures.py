@@ -17,9 +17,9 @@ DOMAIN = "kvferry"
 DETAILS = "grpc-status-details-bin"
 """The trailer in which every gRPC library looks for google.rpc.Status."""
 MAX_TEXT_BYTES = 400
+"""Trailers are bounded (8 KiB, what is in them escaped or in base64); what a caller sent comes back cut."""
 MAX_ETAG_CHARS = 64
 """Of one that is asked for; ours have 16."""
-"""Trailers are bounded (8 KiB, what is in them escaped or in base64); what a caller sent comes back cut."""
 MAX_VIOLATIONS = 16
 MAX_FIELD_BYTES = 60
 MAX_WHAT_BYTES = 150
