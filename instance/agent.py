@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from instance.cached import CACHED_INTERVAL_S, CachedBook
 from instance.errors import EngineFailed
+from instance.headroom import Headroom
 from instance.lifecycle import State, follow
 from instance.loop import EngineLoop, StepDone
 from instance.mailbox import Mailbox
@@ -31,7 +32,7 @@ from instance.messages import (
 from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
 from instance.report import Standing, Subscribers, add_step, load_report, smooth_step_time
 from instance.spec import InstanceSpec, MigrationSummary
-from instance.stream import StreamTable, Tombstones
+from instance.stream import StreamTable, Tombstones, wishes_of
 from instance.types import (
     NO_WISHES,
     EngineFacts,
@@ -40,7 +41,6 @@ from instance.types import (
     PriorityOutcome,
     RequestView,
     Submission,
-    Wishes,
 )
 from instance.waiting_room import WaitingRoom
 from migration import wire
@@ -87,6 +87,7 @@ class Agent:
         self._steps = NO_STEPS
         self._num_adding = 0
         self._room = WaitingRoom(spec.max_waiting)
+        self.headroom: Headroom = ()
         self._fenced: dict[str, int] = {}
         self.counts = AgentCounts()
         self._outgoing = Outgoing(self._own, loop, self._streams, mailbox, spec.max_migrations_out, self._is_fenced)
@@ -219,11 +220,17 @@ class Agent:
                 now_s = self._loop.now_s()
                 self._subscribers.subscribe(message.address, message.lease_s, message.with_requests, now_s)
                 self._cached.subscribe(message.address, message.cached_from)
+                self._heed(message.headroom)
                 self._publish_load()
             case MigrationEnvelope():
                 self._migration_message(message)
             case _:
                 self.counts.unexpected += 1
+
+    def _heed(self, headroom: Headroom | None) -> None:
+        if headroom is not None and headroom != self.headroom:
+            self.headroom = headroom
+            self._loop.call(lambda engine: engine.set_headroom(headroom))
 
     def _submit(self, submit: Submit) -> None:
         self._subscribers.submit_seen(submit.gateway_address, submit.sequence)
@@ -238,7 +245,7 @@ class Agent:
             request_id, submit.external_id, submit.priority, submit.num_prompt_tokens, submit.max_tokens, submit.payload
         )
         # Open before the engine knows it: its first tokens must find their stream.
-        self._streams.open(request_id, submit.gateway_address, 0, self._loop.now_s(), _wishes_of(submit))
+        self._streams.open(request_id, submit.gateway_address, 0, self._loop.now_s(), wishes_of(submit))
         self._num_adding += 1
         added = self._loop.call(lambda engine: self._room.add(engine, submission, self._loop.load))
         added.add_done_callback(lambda future: self._added(submit, future))
@@ -388,9 +395,3 @@ class Agent:
         self._state = follow(self._state, state)
         self._subscribers.make_all_due(self._loop.now_s())
         self._publish_load()
-
-
-def _wishes_of(submit: Submit) -> Wishes | None:
-    if submit.ttft_s is None and submit.tpot_s is None:
-        return None
-    return Wishes(submit.ttft_s, submit.tpot_s, submit.waited_s)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from instance.headroom import Headroom
 from instance.types import (
     CachedChanges,
     CommittedRequest,
@@ -50,6 +51,11 @@ class Engine(Protocol):
     def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
         """From the next step on it is as urgent as this (lower is more urgent): where it waits, its place in the queue
         is by it; where it runs, who gives blocks up first. Its tokens do not change. A move takes it along."""
+
+    def set_headroom(self, headroom: Headroom) -> None:
+        """From the next step on a request is begun beside a running one of a more urgent level only if that level's
+        headroom stays free (`instance.headroom.kept_from`). What runs goes on; what has come with its KV begins. An
+        engine that does not schedule by priority heeds none: the urgent ones would wait behind what is held back."""
 
     def has_work(self) -> bool: ...
 

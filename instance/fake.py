@@ -15,6 +15,7 @@ import msgspec
 from instance.fake_blocks import FakeStore, block_hashes, num_blocks_for
 from instance.fake_model import FakeMove, FakeRequest, FakeState, decode_fake, fake_compatibility, first_generator
 from instance.fake_scheduler import FakeConfig, FakeScheduler, Sequence
+from instance.headroom import Headroom
 from instance.types import (
     CachedChanges,
     CommittedRequest,
@@ -127,6 +128,9 @@ class FakeEngine:
 
     def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
         return self._scheduler.set_priority(request_id, priority)
+
+    def set_headroom(self, headroom: Headroom) -> None:
+        self._scheduler.headroom = headroom
 
     def has_work(self) -> bool:
         scheduler = self._scheduler

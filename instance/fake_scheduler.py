@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from instance.fake_blocks import BlockPool, block_hashes, num_blocks_for
 from instance.fake_model import FakeRequest, digest, finish_of, kv_words, next_generator, sample, weights
+from instance.headroom import Headroom, kept_from
 from instance.types import EngineOutput, PriorityAnswer, PriorityOutcome, RequestStatus, RequestView
 from migration.types import RequestId
 
@@ -87,6 +88,7 @@ class FakeScheduler:
         """Waiting, but their KV is here: migrated in, or resumed without a free slot."""
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self.headroom: Headroom = ()
         self._weights = weights(config.max_model_len + 1)
 
     def in_order_of_waiting(self) -> Iterator[Sequence]:
@@ -200,6 +202,9 @@ class FakeScheduler:
             if not sequence.blocks:
                 self._share_prefix(sequence)
             count = min(len(sequence.tokens) - sequence.computed, budget)
+            if sequence in self.waiting and self._is_held_back(sequence):
+                self._refuse_admission(sequence, is_alone=False)
+                return
             if not self.extend(sequence, sequence.computed + count):
                 self._refuse_admission(sequence, is_alone=not self.running)
                 return
@@ -208,6 +213,12 @@ class FakeScheduler:
             self.running.append(sequence)
             plan[sequence] = count
             budget -= count
+
+    def _is_held_back(self, sequence: Sequence) -> bool:
+        """Whether more urgent ones that run would lack the headroom of their level beside it."""
+        kept = kept_from(self.headroom, sequence.priority, (running.priority for running in self.running))
+        needed = num_blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
+        return kept > 0 and self.pool.num_free - needed < kept
 
     def _refuse_admission(self, sequence: Sequence, is_alone: bool) -> None:
         if sequence in self.waiting:

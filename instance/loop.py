@@ -235,6 +235,7 @@ class EngineLoop:
             if visit is None:
                 return False
             self._serve_visit(engine, visit)
+            self._load = engine.load()
         return True
 
     def _serve_visit(self, engine: Engine, visit: _Visit[Any]) -> None:

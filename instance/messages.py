@@ -11,6 +11,8 @@ from typing import Annotated
 
 import msgspec
 
+from instance.headroom import Headroom
+
 MAX_MESSAGE_BYTES = 64 << 20
 """Nothing larger is decoded: a prompt of a million tokens is about 5 MB."""
 
@@ -71,6 +73,8 @@ class Subscribe(msgspec.Struct, frozen=True, tag=True):
     cached_from: int | None = None
     """Also send `CachedBlocks`: the subscriber knows all changes before this one; ALL_CACHED: it knows nothing.
     None: it wants none."""
+    headroom: Headroom | None = None
+    """Of the fleet's levels of priority, from now on. None: this subscriber has no say in it."""
 
 
 ALL_CACHED = -1

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from instance.messages import OutputEntry
+from instance.messages import OutputEntry, Submit
 from instance.types import EngineOutput, Wishes
 from migration.types import RequestId
 
@@ -19,6 +19,13 @@ class _Stream:
     next_offset: int
     opened_s: float
     wishes: Wishes | None
+
+
+def wishes_of(submit: Submit) -> Wishes | None:
+    """What a request wants of its speed as it comes; None: nothing."""
+    if submit.ttft_s is None and submit.tpot_s is None:
+        return None
+    return Wishes(submit.ttft_s, submit.tpot_s, submit.waited_s)
 
 
 class StreamTable:

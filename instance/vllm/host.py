@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
+from instance.headroom import Headroom
 from instance.types import (
     NO_WORK,
     CachedChanges,
@@ -36,6 +36,7 @@ from instance.vllm.codec import (
     encode_output,
     encode_state,
 )
+from instance.vllm.kept import Incoming, Submitted
 from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
 from instance.vllm.priorities import set_priority
@@ -59,23 +60,6 @@ MAX_REMEMBERED_ABORTS = 4096
 """Ids of aborted requests that are told from finished ones, the latest."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    """What the engine keeps of a submission, to describe the request to a destination later."""
-
-    external_id: str
-    payload: bytes
-
-
-@dataclass(slots=True)
-class _Incoming:
-    """A reservation."""
-
-    request: Request
-    submitted: _Submitted
-    num_cached_tokens: int
-
-
 class VllmEngine:
     """See `instance.engine.Engine`. One thread calls everything but `mover`."""
 
@@ -88,8 +72,8 @@ class VllmEngine:
         self._mover = RanksMover(ranks)
         self._adapters = Adapters(core)
         self._cache = CacheWatch(core.scheduler, facts.block_size)
-        self._submitted: dict[RequestId, _Submitted] = {}
-        self._incoming: dict[MigrationId, _Incoming] = {}
+        self._submitted: dict[RequestId, Submitted] = {}
+        self._incoming: dict[MigrationId, Incoming] = {}
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
         self._is_closed = False
 
@@ -134,7 +118,7 @@ class VllmEngine:
             self._core.add_request(request, wave)
         except ValueError as error:  # a pooling task this model does not have
             return EngineRefusal(str(error), final=True)
-        self._submitted[submission.request_id] = _Submitted(submission.external_id, submission.payload)
+        self._submitted[submission.request_id] = Submitted(submission.external_id, submission.payload)
         return None
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
@@ -149,6 +133,9 @@ class VllmEngine:
 
     def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
         return set_priority(self._scheduler, request_id, priority)
+
+    def set_headroom(self, headroom: Headroom) -> None:
+        self._scheduler.ferry_headroom = headroom
 
     def has_work(self) -> bool:
         return bool(self._scheduler.has_requests() or self._core.batch_queue)
@@ -291,7 +278,7 @@ class VllmEngine:
         except NoRoom as error:
             return Refusal(str(error))
         self._core.collective_rpc("ferry_expect", args=(request.request_id, described.core))
-        incoming = _Incoming(request, _Submitted(described.external_id, described.core), hit)
+        incoming = Incoming(request, Submitted(described.external_id, described.core), hit)
         self._incoming[migration_id] = incoming
         return self._reservation(incoming)
 
@@ -386,7 +373,7 @@ class VllmEngine:
         reason: str | None = self._scheduler.ferry_why_unservable(Request.from_engine_core_request(core_request, None))
         return reason
 
-    def _why_unmovable(self, request: Request, submitted: _Submitted) -> str | None:
+    def _why_unmovable(self, request: Request, submitted: Submitted) -> str | None:
         scheduler, refused = self._scheduler, self._facts.migration_refused_because
         reason = refused or why_unmovable(request, scheduler.ferry_images_refused, scheduler.num_spec_tokens)
         return reason or why_too_large(submitted.payload)
@@ -395,6 +382,6 @@ class VllmEngine:
         self.cancel(migration_id)
         return Refusal(reason)
 
-    def _reservation(self, incoming: _Incoming) -> Reservation:
+    def _reservation(self, incoming: Incoming) -> Reservation:
         table = self._scheduler.ferry_block_table(incoming.request.request_id)
         return Reservation(incoming.num_cached_tokens, max((len(group) for group in table), default=0), table)

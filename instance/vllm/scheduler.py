@@ -15,10 +15,12 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
+from instance.headroom import Headroom, kept_from
 from instance.types import NO_WORK, step_work
 from instance.vllm import blocks, images, speculation
 from instance.vllm.blocks import NoRoom
@@ -63,6 +65,7 @@ class FerryMixin:
         """Of `ferry_out`: resumed while a step of them was in flight; they go back to a queue once it is not."""
         self.ferry_steps = StepsInFlight()
         self.ferry_num_preemptions = 0
+        self.ferry_headroom: Headroom = ()
         self.ferry_last_step = (0, 0)
         """(tokens scheduled, requests that decoded) by the last step."""
         self.ferry_last_work = NO_WORK
@@ -117,15 +120,29 @@ class FerryMixin:
     def _reserve_prefill_lookahead(self: Any, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM asks this last of all before it takes a request into the step, and leaves the request out at 0.
 
+        One that waits is left out beside urgent ones that would lack headroom; who is behind it is no more urgent.
+
         A seeded request whose prefill is cut kills vLLM 0.32 on CPU (its V1 runner steps the generator back, which CPU
         generators cannot): leave it, and with it those behind it, for a step in which it fits whole.
         """
         parent: Any = super()
         num_new_tokens = parent._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if request.status != RequestStatus.RUNNING and self._ferry_is_held_back(request):
+            self.encoder_cache_manager.free(request)  # as vLLM does where blocks are missing
+            return 0
         is_cut = num_computed_tokens + num_new_tokens < request.num_tokens
         if is_cut and self._ferry_whole_seeded_prefills and is_seeded(request):
             return 0
         return int(num_new_tokens)
+
+    def _ferry_is_held_back(self: Any, request: Request) -> bool:
+        if not self.ferry_headroom or self.policy != SchedulingPolicy.PRIORITY or self._holds_kv_blocks(request):
+            return False
+        kept = kept_from(self.ferry_headroom, request.priority, (running.priority for running in self.running))
+        if not kept:
+            return False
+        needed = blocks.num_needed(self.kv_cache_manager, request.num_tokens)
+        return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() - needed < kept)
 
     def _preempt_request(self: Any, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         parent: Any = super()

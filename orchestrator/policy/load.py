@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from instance.headroom import Headroom, level_of
 from instance.lifecycle import State
 from instance.messages import LoadReport
 
 
 @dataclass(frozen=True, slots=True)
 class LoadParams:
-    headroom_blocks: tuple[tuple[int, int], ...] = ()
+    headroom_blocks: Headroom = ()
     """(rank of a level, blocks kept free on an instance that runs requests of that level). All levels, or none."""
 
     def level(self, priority: int) -> int | None:
         """Rank of the most urgent level that this priority reaches; None: it reaches none."""
-        return min((rank for rank, _ in self.headroom_blocks if priority <= rank), default=None)
+        return level_of(self.headroom_blocks, priority)
 
     def headroom(self, priority: int) -> int:
         """Blocks to keep free beside the requests of this priority's level; 0 unless set."""

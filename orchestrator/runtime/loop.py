@@ -327,7 +327,9 @@ class OrchestratorLoop:
             await asyncio.sleep(self._params.subscribe_s)
 
     def _subscribe_to(self, address: str) -> None:
-        self._mailbox.send(address, Subscribe(self._mailbox.address, self._params.lease_s, with_requests=True))
+        """Repeated, so that an instance that missed it hears the headroom of the levels with the next one."""
+        own, lease_s = self._mailbox.address, self._params.lease_s
+        self._mailbox.send(address, Subscribe(own, lease_s, with_requests=True, headroom=self._teller.headroom))
 
     async def _tick(self) -> None:
         while True:

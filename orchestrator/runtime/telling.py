@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from instance.headroom import Headroom
 from orchestrator.effects import Member, UpdateMembers, UpdatePriorities
 from orchestrator.errors import ActorGone, CallFailed
 from orchestrator.log import fields, logger
@@ -43,6 +44,11 @@ class GatewayTeller:
     @property
     def members(self) -> tuple[Member, ...]:
         return self._members.members if self._members is not None else ()
+
+    @property
+    def headroom(self) -> Headroom | None:
+        """Of the levels of priority; None: it is not known yet."""
+        return self._members.dispatch.load.headroom_blocks if self._members is not None else None
 
     @property
     def actor_names(self) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ room for 40 % of the blocks in one prompt, and for 4 sequences at a time.
 from __future__ import annotations
 
 from tests.contract.engine_suite_ends import EndsContract
+from tests.contract.engine_suite_headroom import HeadroomContract
 from tests.contract.engine_suite_migrations import MigrationContract
 from tests.contract.engine_suite_priorities import PriorityContract
 from tests.contract.engine_suite_requests import RequestContract
 
 
-class EngineContract(RequestContract, PriorityContract, EndsContract, MigrationContract):
+class EngineContract(RequestContract, PriorityContract, HeadroomContract, EndsContract, MigrationContract):
     """Subclass as `class TestSomething(EngineContract)` with a fixture `pair`."""

@@ -118,3 +118,15 @@ def test_an_engine_that_was_told_to_serve_first_come_first_served_refuses_with_i
     assert answer.outcome is PriorityOutcome.UNSUPPORTED and "--scheduling-policy fcfs" in answer.reason
     assert [view.priority for view in first_come.first.requests()] == [0]
     first_come.finish(first_come.first, request)
+
+
+def test_an_engine_that_serves_first_come_first_served_holds_nobody_back(first_come: EnginePair) -> None:
+    """The urgent ones behind it would be held back as well."""
+    urgent = first_come.add(first_come.first, Shape(40, 60, prompt_key=241, priority=-10))
+    first_come.decode_until(first_come.first, urgent, 2)
+    first_come.first.set_headroom(((-10, first_come.first.facts.total_blocks), (0, 0)))
+    beside = first_come.add(first_come.first, Shape(40, 5, prompt_key=242))
+    first_come.finish(first_come.first, beside)
+    assert not first_come.is_finished(urgent)
+    first_come.first.set_headroom(())
+    first_come.finish(first_come.first, urgent)

@@ -55,6 +55,7 @@ MESSAGES: tuple[FleetMessage, ...] = (
     Abort(("a", "b", "c")),
     Subscribe(HERE, 5.0, True),
     Subscribe(HERE, 5.0, cached_from=3),
+    Subscribe(HERE, 5.0, headroom=((-10, 64), (0, 0))),
     CachedBlocks("i0", 1, 16, 0, 2, b"\x01" * 8, b"\x02" * 8),
     LOAD,
     Frame("i0", 1, 8, 0.5, (OutputEntry("r", 0, (1, 2, 3)), OutputEntry("s", 9, (4,), 1, "stop", (b"x",))), LOAD),

@@ -28,12 +28,15 @@ CONFIG = FakeConfig(is_pipelined=True)
 class Running:
     """A loop over one fake engine, and what it told."""
 
-    def __init__(self, config: FakeConfig = CONFIG) -> None:
+    def __init__(self, config: FakeConfig = CONFIG, min_step_s: float = 0.0005) -> None:
         self.told: list[StepDone | str] = []
         self.failures: list[BaseException] = []
         self.stepped = asyncio.Event()
         self.loop = EngineLoop(
-            lambda: FakeEngine(config, memory_mover("one", MemoryHub())), self._on_step, self.failures.append, 0.0005
+            lambda: FakeEngine(config, memory_mover("one", MemoryHub())),
+            self._on_step,
+            self.failures.append,
+            min_step_s,
         )
 
     def _on_step(self, done: StepDone) -> None:
@@ -108,6 +111,20 @@ async def test_a_visit_ends_when_its_request_is_aborted_meanwhile(running: Runni
         running.loop.call(lambda engine: engine.abort((request_id,)))
         assert await stopping is NotStopped.ABORTED or isinstance(stopping.result(), StoppedRequest)
     assert await running.loop.call(lambda engine: engine.requests()) == ()
+
+
+async def test_what_a_call_changes_while_the_next_step_is_waited_for_is_in_the_load() -> None:
+    """The engine has nothing more to do then, and no step comes that would tell."""
+    running = Running(FakeConfig(), min_step_s=0.1)
+    await running.loop.start()
+    request_id = await running.add("r")
+    async with asyncio.timeout(5):
+        await running.stepped.wait()
+        assert running.loop.load.num_running == 1
+        await running.loop.call(lambda engine: engine.abort((request_id,)))
+        while running.loop.load.num_running:  # noqa: ASYNC110 - the thread sets it after it has answered
+            await asyncio.sleep(0.001)
+    await running.loop.stop()
 
 
 async def test_visits_are_served_in_the_order_in_which_they_came(running: Running) -> None:

@@ -35,6 +35,7 @@ MESSAGES: list[FleetMessage] = [
     Abort(("a", "b")),
     Subscribe("tcp://h:1", 5.0, True),
     Subscribe("tcp://h:1", 5.0, cached_from=ALL_CACHED),
+    Subscribe("tcp://h:1", 5.0, headroom=((-10, 64), (0, 0))),
     CachedBlocks("i0", 3, 16, 7, 9, b"\x00" * 8, b"\xff" * 8),
     OwnerChanged("r", "i0", 3, 17),
 ]
