@@ -58,6 +58,7 @@ class Arm:
 
 ARMS = (
     Arm("round-robin", Rule.ROUND_ROBIN, False),
+    Arm("round-robin, rebalance", Rule.ROUND_ROBIN, True),
     Arm("dispatch", Rule.FREENESS, False),
     Arm("rebalance", Rule.FREENESS, True),
 )

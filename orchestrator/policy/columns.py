@@ -1,7 +1,7 @@
 """What does a choice among a thousand instances need to know of each? Columns, one row an instance, kept up to date.
 
 Whatever only changes with a report or a dispatch is worked out when that comes, so that a choice is a dozen array
-operations whatever the size of the fleet (`python -m bench.decide`).
+operations whatever the size of the fleet, and mostly not even those (`shortlist.py`, `python -m bench.decide`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from instance.messages import LoadReport
 from migration.types import Epoch
 from orchestrator.policy.load import LoadParams, growth_blocks_per_s, running_blocks, virtual_usage_blocks
+from orchestrator.policy.shortlist import Highest, Line, Shortlist, SlowStart
 
 Scores = npt.NDArray[np.float64]
 """One of each row."""
+NUM_UNASKED = 16
+"""Choices after one that the shortlist could not make: a fleet that is even, or full, is so for a while."""
 
 
 class Rule(Enum):
@@ -53,8 +57,7 @@ class DispatchParams:
         return self.prefix_weight > 0 and self.rule is not Rule.ROUND_ROBIN
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True, gc=False):
     sequence: int
     demand_blocks: int
 
@@ -98,9 +101,15 @@ class Columns:
         self.num_usable = 0
         """Rows that may be chosen: they serve, and their reports are fresh."""
         self._usable = [False] * size
+        self._lines: list[Line | None] = [None] * size
+        """Of rows that have reported."""
+        self._slow_start = SlowStart(params.slow_start_s, params.slow_start_share)
+        self._shortlist = Shortlist(self._slow_start)
+        self._num_unasked = 0
+        """Choices for which the shortlist is not asked from now on."""
         self._smallest = 0.0
-        self._all_warm_s = -math.inf
-        """From then on no row starts slowly."""
+        """Of all totals."""
+        self._largest_batch = 1
         self._by_age: OrderedDict[int, None] = OrderedDict()
         """Rows with a fresh report, the oldest report first."""
         reported = [entry for entry in entries if entry.report is not None]
@@ -115,10 +124,16 @@ class Columns:
             return
         self._by_age[row] = None
         self._by_age.move_to_end(row)
-        self.reported_s[row] = entry.reported_s
-        self.first_report_s[row] = entry.first_report_s
-        self._all_warm_s = max(self._all_warm_s, entry.first_report_s + self._params.slow_start_s)
-        self.growth_per_s[row] = growth_blocks_per_s(report)
+        line = self._lines[row]
+        if line is None:
+            line = self._lines[row] = Line(entry.first_report_s)
+            self.first_report_s[row] = entry.first_report_s
+            self._slow_start.add(entry.first_report_s)
+        line.reported_s = self.reported_s[row] = entry.reported_s
+        line.growth_per_s = self.growth_per_s[row] = growth_blocks_per_s(report)
+        line.num_running = report.num_running
+        line.running_blocks = running_blocks(report)
+        line.free = report.total_blocks - virtual_usage_blocks(report, self._params.load)
         self.behind[row] = report.head_of_line_blocks - max(report.waiting_blocks, report.head_of_line_blocks)
         if self.total[row] != report.total_blocks:
             self.total[row] = report.total_blocks
@@ -127,19 +142,24 @@ class Columns:
 
     def write_load(self, entry: Entry) -> None:
         """A report or a dispatch changed what is on it."""
-        report, row = entry.report, entry.row
-        if report is None or row not in self._by_age:
+        row = entry.row
+        line = self._lines[row]
+        if line is None or row not in self._by_age:
             return
         # The other gateways see the same reports and choose as this one does: until an instance reports again, each is
         # taken to have sent it as much. Otherwise every gateway would fill the same gap, each believing it is alone.
         num_unseen, unseen_blocks = len(entry.unseen) * self._num_gateways, entry.unseen_blocks * self._num_gateways
-        spare = report.total_blocks - virtual_usage_blocks(report, self._params.load) - unseen_blocks
-        self.spare[row] = spare
-        self.batch[row] = max(1, report.num_running + num_unseen + 1)
+        running = line.num_running + num_unseen
+        line.spare = line.free - unseen_blocks
+        batch_before, line.batch = line.batch, max(1, running + 1)
+        self.batch[row] = line.batch
+        if line.batch >= self._largest_batch:
+            self._largest_batch = line.batch
+        elif batch_before == self._largest_batch:
+            self._largest_batch = int(self.batch.max())
         self.unseen[row], self.unseen_blocks[row] = num_unseen, unseen_blocks
-        used = running_blocks(report) + unseen_blocks
-        self.requests_per_block[row] = (report.num_running + num_unseen) / max(1, used)
-        self._set_usable(row, math.isfinite(spare))
+        self.requests_per_block[row] = running / max(1, line.running_blocks + unseen_blocks)
+        self._on_spare(row, line)
 
     def expire(self, now_s: float) -> None:
         """Leave out whose report is too old now."""
@@ -148,16 +168,38 @@ class Columns:
             if now_s - self.reported_s[oldest] <= self._params.max_report_age_s:
                 return
             del self._by_age[oldest]
-            self.spare[oldest] = -math.inf
-            self._set_usable(oldest, False)
+            line = self._lines[oldest]
+            assert line is not None, "it has reported"
+            line.spare = -math.inf
+            self._on_spare(oldest, line)
 
-    def _set_usable(self, row: int, usable: bool) -> None:
-        self.num_usable += usable - self._usable[row]
-        self._usable[row] = usable
+    def _on_spare(self, row: int, line: Line) -> None:
+        self.spare[row] = line.spare
+        is_usable = line.spare > -math.inf
+        self.num_usable += is_usable - self._usable[row]
+        self._usable[row] = is_usable
+        self._shortlist.put(row, line)
 
     # ---- what is read
     def is_usable(self, row: int) -> bool:
         return self._usable[row]
+
+    def highest(self, demand_blocks: int, now_s: float) -> Highest | None:
+        """The best of `scores` where nothing is left out or saved. None: only they can tell. `now_s`: not before the
+        last report."""
+        if demand_blocks > self._smallest:
+            return None
+        if self._num_unasked:
+            self._num_unasked -= 1
+            return None
+        least_fall = demand_blocks / self._largest_batch
+        highest = self._shortlist.highest(demand_blocks, least_fall, now_s)
+        if highest is None and self._shortlist.is_short:
+            self._shortlist.refill(self.spare / self.batch, self._lines)
+            highest = self._shortlist.highest(demand_blocks, least_fall, now_s)
+        if highest is None:
+            self._num_unasked = NUM_UNASKED
+        return highest
 
     def scores(
         self,
@@ -192,7 +234,7 @@ class Columns:
             gone = self._params.prefix_weight * saved_blocks * self.requests_per_block
             batch = np.maximum(1.0, batch - gone)
         steps: Scores = spare / batch
-        if now_s < self._all_warm_s:
+        if not self._slow_start.is_over(now_s):
             risen = (now_s - self.first_report_s) / self._params.slow_start_s
             np.maximum(risen, self._params.slow_start_share, out=risen)
             steps *= np.minimum(risen, 1.0, out=risen)
@@ -215,8 +257,11 @@ class Columns:
                 assert np.array_equal(values[kept], getattr(self, name)[kept]), f"{name} is stale"
         gone = [row for row in range(len(entries)) if row not in self._by_age]
         assert all(self.spare[row] == -math.inf for row in gone), "an old report still counts"
+        assert [self._lines[row] for row in kept] == [anew._lines[row] for row in kept], "a line is stale"
+        self._shortlist.check_integrity((self.spare / self.batch).tolist(), self._lines)
         assert self._usable == [math.isfinite(spare) for spare in self.spare], "who may be chosen"
         assert self.num_usable == sum(self._usable)
+        assert self._largest_batch == max(self.batch, default=1)
         assert len(entries) == 0 or self._smallest == self.total.min()
         ages = [float(self.reported_s[row]) for row in self._by_age]
         assert ages == sorted(ages), "reports by age"

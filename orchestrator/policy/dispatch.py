@@ -14,7 +14,9 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from instance.lifecycle import State
 from instance.messages import CachedBlocks, LoadReport
@@ -61,8 +63,7 @@ class ClusterView:
     """That dispatch to them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     instance: InstanceId
     epoch: Epoch
     reason: str
@@ -256,33 +257,43 @@ class DispatchBook:
         num_candidates = columns.num_usable - sum(map(columns.is_usable, left_out))
         if not num_candidates:
             return self._nobody(now_s)
-        saved = self.prefixes.saved_blocks(prefix)
+        saved = self.prefixes.saved_blocks(prefix) if prefix else None
+        if saved is None and wanted is None and not left_out and self._params.rule is Rule.FREENESS:
+            highest = columns.highest(demand_blocks, now_s)
+            if highest is not None:
+                row = self._least_used(np.array(highest.rows)) if len(highest.rows) > 1 else highest.rows[0]
+                return self._choice(row, f"score {highest.score:.2f} highest of {num_candidates}", now_s)
         scores = columns.scores(demand_blocks, now_s, left_out, saved, best_only=wanted is None)
         attainment = None
         if wanted is not None:
             saved_tokens = 0.0 if saved is None else saved * self.prefixes.block_size
             attainment = self.pace.attainment(wanted, columns.unseen, columns.unseen_blocks, saved_tokens)
-        if attainment is not None:
             scores = np.where(attainment.narrow(scores > -math.inf), scores, -math.inf)
-        row = self._next(scores) if self._params.rule is Rule.ROUND_ROBIN else self._best(scores)
+        is_next = self._params.rule is Rule.ROUND_ROBIN
+        row = self._next(scores) if is_next else self._best(scores)
+        why = f"next of {num_candidates}" if is_next else f"score {scores[row]:.2f} highest of {num_candidates}"
+        num_saved = 0.0 if saved is None else saved[row]
+        return self._choice(row, why, now_s, num_saved, None if attainment is None else attainment.on(row))
+
+    def _choice(
+        self, row: int, why: str, now_s: float, num_saved: float = 0.0, predicted: Predicted | None = None
+    ) -> Choice:
         name = self._names[row]
         entry = self._entries[name]
-        dispatched = f"{len(entry.unseen)} dispatched since its report"
-        if saved is not None and saved[row]:
-            dispatched += f", {saved[row]:.0f} blocks saved"
-        why = "next" if self._params.rule is Rule.ROUND_ROBIN else f"score {scores[row]:.2f} highest"
-        reason = f"{why} of {num_candidates} ({dispatched})"
-        predicted = None if attainment is None else attainment.on(row)
+        of_prefix = f", {num_saved:.0f} blocks saved" if num_saved else ""
+        reason = f"{why} ({len(entry.unseen)} dispatched since its report{of_prefix})"
         return Choice(name, entry.epoch, reason, max(0.0, now_s - entry.reported_s), predicted)
 
     def _best(self, scores: Scores) -> int:
         row = int(scores.argmax())
         best = (scores == scores[row]).nonzero()[0]
-        if len(best) == 1:
-            return row
-        unseen = self._columns.unseen[best]
-        best = best[unseen == unseen.min()]
-        return int(best[self.prefixes.num_held[best].argmin()])
+        return row if len(best) == 1 else self._least_used(best)
+
+    def _least_used(self, rows: npt.NDArray[np.intp]) -> int:
+        """Of equally good ones, in ascending order."""
+        unseen = self._columns.unseen[rows]
+        rows = rows[unseen == unseen.min()]
+        return int(rows[self.prefixes.num_held[rows].argmin()])
 
     def _next(self, scores: Scores) -> int:
         possible = (scores > -math.inf).nonzero()[0]
@@ -325,6 +336,8 @@ class DispatchBook:
     # ---- what is forgotten
     def _forget_late(self, now_s: float) -> None:
         """Of an instance that reports no count: forget rather than shun it for ever."""
+        if not self._sent or now_s - self._sent[0][0] <= self._unseen_for_s:
+            return
         while self._sent and now_s - self._sent[0][0] > self._unseen_for_s:
             _, instance, epoch, sequence = self._sent.popleft()
             entry = self._entries.get(instance)
