@@ -24,7 +24,6 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -226,7 +225,7 @@ def wanting(views: tuple[InstanceView, ...]) -> tuple[InstanceView, ...]:
             msgspec.structs.replace(one, tpot_s=step_s * rng.choice((0.7, 0.9, 1.0, 1.2, 2.0))) if at % 2 else one
             for at, one in enumerate(view.requests)
         )
-        found.append(replace(view, requests=requests, tightest=tightest_of(requests)))
+        found.append(msgspec.structs.replace(view, requests=requests, tightest=tightest_of(requests)))
     return tuple(found)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from instance.messages import LoadReport
-from migration.types import Epoch, InstanceId
+from migration.types import Epoch
 from orchestrator.policy.attain import plan_attain
 from orchestrator.policy.moves import InstanceView, Move
 from orchestrator.policy.rebalance import RebalanceParams, Resting
-from orchestrator.policy.standing import Speed
+from orchestrator.policy.standing import Speeds
 from orchestrator.policy.steptime import StepTimes
-from orchestrator.policy.targets import NOTHING_WANTED
+from orchestrator.policy.targets import is_any_wanted
 from orchestrator.state import InstanceRecord
 
 
@@ -34,16 +34,17 @@ class Attaining:
         self._times.on_report(report)
 
     def moves(self, views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
-        if all(view.tightest == NOTHING_WANTED for view in views):
+        if not is_any_wanted(view.tightest for view in views):
             return ()
         return plan_attain(views, self._speeds(views), resting, params)
 
-    def _speeds(self, views: tuple[InstanceView, ...]) -> dict[InstanceId, Speed]:
+    def _speeds(self, views: tuple[InstanceView, ...]) -> Speeds:
         """Of those that are known. One that has made no step is taken to be like those that are known well."""
-        learned = ((view.instance, self._times.coefficients(view.instance, Epoch(view.load.epoch))) for view in views)
-        prior = self._times.prior()
-        speeds = ((name, prior if per is None else per) for name, per in learned)
-        return {name: tuple(per.tolist()) for name, per in speeds if per is not None}
+        learned = {view.instance: self._times.coefficients(view.instance, Epoch(view.load.epoch)) for view in views}
+        known = {name: per for name, per in learned.items() if per is not None}
+        if len(known) == len(learned) or (prior := self._times.prior()) is None:
+            return known
+        return {name: known.get(name, prior) for name in learned}
 
     def check_integrity(self, instances: Iterable[InstanceRecord]) -> None:
         """Raise AssertionError when it knows others than these."""

@@ -93,6 +93,10 @@ class Orchestrator:
     def on(self, event: Event, now_s: float) -> list[Effect]:  # noqa: PLR0911, PLR0912 - one case an event
         """Take one event in. Raises LimitExceeded, and changes nothing, when there are too many processes."""
         match event:
+            case ReportReceived():
+                return self._on_report(event, now_s)
+            case RequestsReceived():
+                return self._on_requests(event, now_s)
             case InstanceStarted():
                 return self._on_instance_started(event, now_s)
             case InstanceLost():
@@ -101,10 +105,6 @@ class Orchestrator:
                 return self._on_gateway_started(event)
             case GatewayLost():
                 return self._on_gateway_lost(event)
-            case ReportReceived():
-                return self._on_report(event, now_s)
-            case RequestsReceived():
-                return self._on_requests(event, now_s)
             case MigrationEnded():
                 return self._on_migration_ended(event, now_s)
             case DrainingSet():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from instance.lifecycle import State
@@ -27,6 +27,7 @@ from orchestrator.state import (
     Snapshot,
 )
 
+_SERVING, _SERVING_WORD = State.SERVING, State.SERVING.value
 _MAX_NAMED = 5
 """Alternatives spelled out in a refusal."""
 
@@ -49,54 +50,82 @@ def instance_views(
     before, begun = since
     if before and not begun:
         return before
-    changed = {name for move in begun for name in (move.source, move.destination)}
-    kept = {one.instance: one for one in before if one.instance not in changed}
-    instances, in_flight = records.values(), migrations.values()
-    moving = {record.request_id for record in in_flight}
-    sources: defaultdict[Incarnation, list[MigrationRecord]] = defaultdict(list)
-    destinations: defaultdict[Incarnation, list[MigrationRecord]] = defaultdict(list)
-    for move in in_flight:
-        sources[move.source].append(move)
-        destinations[move.destination].append(move)
-    on_the_way = {
-        item.request_id: item
-        for record in instances
-        if record.incarnation in sources
-        for item in record.requests
-        if RequestId(item.request_id) in moving
-    }
-    known_s = [record.copy_s_per_block for record in instances if record.copy_s_per_block > 0]
-    usual_s = statistics.median(known_s) if known_s else 0.0
-    views: list[InstanceView] = []
-    for record in instances:
-        if record.load is None or now_s - record.load_at_s > params.stale_after_s:
-            continue
-        known = kept.get(record.instance)
-        if known is not None:
-            views.append(known)
-            continue
-        leaving, joining = sources.get(record.incarnation, []), destinations.get(record.incarnation, [])
-        requests = record.requests
+    look = _Look(records, migrations.values(), params, now_s)
+    if before:
+        changed = {name for move in begun for name in (move.source, move.destination)}
+        return tuple(look.at(one.instance) if one.instance in changed else one for one in before)
+    return tuple(
+        look.at(name)
+        for name, record in records.items()
+        if record.load is not None and now_s - record.load_at_s <= params.stale_after_s
+    )
+
+
+class _Look:
+    """At instances at one time. A tick looks at every one: what is found is filed by name, whose hash is known."""
+
+    def __init__(
+        self,
+        records: Mapping[InstanceId, InstanceRecord],
+        in_flight: Collection[MigrationRecord],
+        params: CoreParams,
+        now_s: float,
+    ) -> None:
+        self._records, self._params, self._now_s = records, params, now_s
+        self._moving: set[str] = {move.request_id for move in in_flight}
+        self._leaving: defaultdict[InstanceId, list[MigrationRecord]] = defaultdict(list)
+        self._joining: defaultdict[InstanceId, list[MigrationRecord]] = defaultdict(list)
+        for move in in_flight:
+            if self._is_there(move.source):
+                self._leaving[move.source.instance].append(move)
+            if self._is_there(move.destination):
+                self._joining[move.destination.instance].append(move)
+        self._on_the_way = {
+            item.request_id: item
+            for name, record in records.items()
+            if name in self._leaving
+            for item in record.requests
+            if item.request_id in self._moving
+        }
+        self._usual_s: float | None = None
+
+    def _is_there(self, incarnation: Incarnation) -> bool:
+        record = self._records.get(incarnation.instance)
+        return record is not None and record.incarnation == incarnation
+
+    def at(self, name: InstanceId) -> InstanceView:
+        record = self._records[name]
+        load, requests, params = record.load, record.requests, self._params
+        assert load is not None, "nobody looks at one that has said nothing"
+        leaving, joining = self._leaving.get(name, ()), self._joining.get(name, ())
         if leaving or joining:  # nobody else can have said that one of those is there
-            requests = tuple(item for item in requests if RequestId(item.request_id) not in moving)
-        views.append(
-            InstanceView(
-                instance=record.instance,
-                load=_after(record.load, leaving, joining),
-                requests=requests,
-                draining=record.state is not State.SERVING or record.load.state != State.SERVING.value,
-                slots_out=max(0, params.max_migrations_out - len(leaving)),
-                slots_in=max(0, params.max_migrations_in - len(joining)),
-                signal_age_s=now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
-                copy_s_per_block=record.copy_s_per_block or usual_s,
-                tightest=record.tightest,
-                arriving=tuple(on_the_way[move.request_id] for move in joining if move.request_id in on_the_way),
-            )
+            requests = tuple(item for item in requests if item.request_id not in self._moving)
+            load = _after(load, leaving, joining)
+        return InstanceView(
+            instance=name,
+            load=load,
+            requests=requests,
+            draining=record.state is not _SERVING or load.state != _SERVING_WORD,
+            slots_out=max(0, params.max_migrations_out - len(leaving)),
+            slots_in=max(0, params.max_migrations_in - len(joining)),
+            signal_age_s=self._now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
+            copy_s_per_block=record.copy_s_per_block or self._usual_copy_s(),
+            tightest=record.tightest,
+            arriving=self._arriving(joining) if joining else (),
         )
-    return tuple(views)
+
+    def _arriving(self, joining: Sequence[MigrationRecord]) -> tuple[RequestLoad, ...]:
+        return tuple(self._on_the_way[move.request_id] for move in joining if move.request_id in self._on_the_way)
+
+    def _usual_copy_s(self) -> float:
+        """Of those that have sent something."""
+        if self._usual_s is None:
+            known_s = [record.copy_s_per_block for record in self._records.values() if record.copy_s_per_block > 0]
+            self._usual_s = statistics.median(known_s) if known_s else 0.0
+        return self._usual_s
 
 
-def _after(load: LoadReport, leaving: list[MigrationRecord], joining: list[MigrationRecord]) -> LoadReport:
+def _after(load: LoadReport, leaving: Sequence[MigrationRecord], joining: Sequence[MigrationRecord]) -> LoadReport:
     reserved_blocks = load.reserved_blocks
     for move in leaving:
         load = after_leaving(load, move.priority, move.num_blocks)

@@ -8,10 +8,9 @@ such move helps one that decodes too slowly, a neighbour without targets whose l
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
@@ -25,21 +24,21 @@ from orchestrator.policy.moves import (
 )
 from orchestrator.policy.places import Places
 from orchestrator.policy.rebalance import RebalanceParams, Resting
-from orchestrator.policy.standing import NOBODY, Ahead, Speed, Standing, standing_of
-from orchestrator.policy.targets import NOTHING_WANTED, awaits_first_token, tpot_wanted_s, ttft_left_s
+from orchestrator.policy.standing import NOBODY, Ahead, Speed, Speeds, Standing, standing_of
+from orchestrator.policy.targets import awaits_first_token, is_any_wanted, tpot_wanted_s, ttft_left_s
 
 RUNNING, WAITING, PREEMPTED = "running", "waiting", "preempted"
 
 
 def plan_attain(
-    views: tuple[InstanceView, ...], speeds: Mapping[InstanceId, Speed], resting: Resting, params: RebalanceParams
+    views: tuple[InstanceView, ...], speeds: Speeds, resting: Resting, params: RebalanceParams
 ) -> tuple[Move, ...]:
     """Moves for this tick, in the order found. The same views give the same plan, in whatever order they come.
 
     `speeds`: coefficients of those whose steps are known; no others take part. Work: one look at each instance that is
     known, and if any misses, at the requests of `attain_sources` of them.
     """
-    if all(view.tightest == NOTHING_WANTED for view in views):
+    if not is_any_wanted(view.tightest for view in views):
         return ()
     taking_part = [view for view in views if view.instance in speeds and not view.draining]
     plan = _Plan(sorted(taking_part, key=lambda view: view.instance), speeds, resting, params)
@@ -48,8 +47,7 @@ def plan_attain(
     return tuple(plan.moves)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanting:
+class Wanting(NamedTuple):
     """A request with targets, what it may still take, and what is predicted for it."""
 
     request: RequestLoad
@@ -73,8 +71,9 @@ class _Side:
     slots_in: int = field(init=False)
     gone: set[str] = field(default_factory=set)
     came: list[RequestLoad] = field(default_factory=list)
-    _tpots: list[float] | None = None
-    """TPOT targets of those that are there or on their way, in order."""
+    # Found when they are first asked for:
+    _untargeted: list[RequestLoad] | None = None
+    _strictest_s: float | None = None
     _queue: list[tuple[RequestLoad, Ahead]] | None = None
     _on_time: set[str] | None = None
     """Those of the queue that are predicted to get their first token in time."""
@@ -87,8 +86,18 @@ class _Side:
                 self.standing = self.standing.without_running(0).with_waiting(request.num_prompt_tokens)
 
     # ---- who is there
-    def requests(self) -> list[RequestLoad]:
-        return [request for request in self.view.requests if request.request_id not in self.gone]
+    def requests(self) -> tuple[RequestLoad, ...]:
+        if not self.gone:
+            return self.view.requests
+        return tuple(request for request in self.view.requests if request.request_id not in self.gone)
+
+    def untargeted(self) -> list[RequestLoad]:
+        """Those that run and want nothing."""
+        if self._untargeted is None:
+            self._untargeted = [
+                one for one in self.requests() if one.ttft_s is None and one.tpot_s is None and one.status == RUNNING
+            ]
+        return self._untargeted
 
     def queue(self) -> list[tuple[RequestLoad, Ahead]]:
         """Those that wait, in the engine's order: by priority, then by arrival; each with what is ahead of it."""
@@ -99,11 +108,13 @@ class _Side:
             self._queue = _one_after_the_other(waiting)
         return self._queue
 
-    def tpots(self) -> list[float]:
-        if self._tpots is None:
-            there = (*self.requests(), *self.view.arriving, *self.came)
-            self._tpots = sorted(wanted_s for one in there if (wanted_s := tpot_wanted_s(one)) < math.inf)
-        return self._tpots
+    def strictest_s(self) -> float:
+        """Of the TPOT targets that are predicted to be met, of those that are there or on their way."""
+        if self._strictest_s is None:
+            there, now_s = (*self.requests(), *self.view.arriving, *self.came), self.standing.tpot_s()
+            met = (wanted_s for one in there if one.tpot_s is not None and (wanted_s := tpot_wanted_s(one)) >= now_s)
+            self._strictest_s = min(met, default=math.inf)
+        return self._strictest_s
 
     def missing(self, margin: float) -> list[Wanting]:
         """Those that run or wait there and miss a target by the margin, the most urgent first, then the shorter, then
@@ -113,9 +124,11 @@ class _Side:
         for one in self.requests():
             if (one.tpot_s is None and one.ttft_s is None) or one.status not in (RUNNING, WAITING):
                 continue
-            wanted_s, ttft_s = tpot_wanted_s(one), first_s.get(one.request_id, 0.0)
-            left_s = ttft_left_s(one) - self.view.signal_age_s
-            left_s = left_s if left_s > 0.0 else math.inf
+            wanted_s, ttft_s, left_s = tpot_wanted_s(one), 0.0, math.inf
+            if one.ttft_s is not None:
+                ttft_s = first_s.get(one.request_id, 0.0)
+                its_s = ttft_left_s(one) - self.view.signal_age_s
+                left_s = its_s if its_s > 0.0 else math.inf
             if tpot_s > wanted_s * most or ttft_s > left_s * most:
                 found.append(Wanting(one, wanted_s, left_s, tpot_s, ttft_s))
         return sorted(found, key=lambda one: (one.request.priority, _num_tokens(one.request), one.request.request_id))
@@ -143,9 +156,10 @@ class _Side:
             return self.standing.with_running(_num_tokens(request))
         return self.standing.with_waiting(request.num_prompt_tokens)
 
-    def makes_miss_coming(self, request: RequestLoad) -> bool:
-        """Whether somebody here, who is predicted to meet a target now, misses it when this one has come."""
-        if self._slows_too_much(after := self.joined_by(request)):
+    def makes_miss_coming(self, request: RequestLoad, after: Standing) -> bool:
+        """Whether somebody here, who is predicted to meet a target now, misses it when this one has come, which makes
+        `after` of this side."""
+        if self._slows_too_much(after):
             return True
         queue = self.queue()
         if request.status == WAITING:
@@ -162,8 +176,7 @@ class _Side:
         return self._slows_too_much(after) or self._makes_late(after, _one_after_the_other(left))
 
     def _slows_too_much(self, after: Standing) -> bool:
-        tpots = self.tpots()  # any of those from the time of a step now to just below that of a step then?
-        return bisect.bisect_left(tpots, self.standing.tpot_s()) < bisect.bisect_left(tpots, after.tpot_s())
+        return after.tpot_s() > self.strictest_s()
 
     def _makes_late(self, after: Standing, queue: list[tuple[RequestLoad, Ahead]]) -> bool:
         if not queue:
@@ -184,20 +197,18 @@ class _Side:
             self.load = after_leaving(self.load, request.priority, request.num_blocks)
         self.slots_out -= 1
         self.gone.add(request.request_id)
-        self._tpots = self._queue = self._on_time = None
+        self._untargeted = self._strictest_s = self._queue = self._on_time = None
 
     def receive(self, request: RequestLoad) -> None:
         self.standing = self.joined_by(request)
         self.load = after_joining(self.load, request.priority, blocks_wanted(request, self.load.block_size))
         self.slots_in -= 1
         self.came.append(request)
-        self._tpots = self._queue = self._on_time = None
+        self._strictest_s = self._queue = self._on_time = None
 
 
 class _Plan:
-    def __init__(
-        self, views: list[InstanceView], speeds: Mapping[InstanceId, Speed], resting: Resting, params: RebalanceParams
-    ) -> None:
+    def __init__(self, views: list[InstanceView], speeds: Speeds, resting: Resting, params: RebalanceParams) -> None:
         self.moves: list[Move] = []
         self.places = Places(views, speeds, params)
         self._views = views
@@ -219,7 +230,8 @@ class _Plan:
         side = self._sides.get(row)
         if side is None:
             view = self._views[row]
-            side = self._sides[row] = _Side(view, self._speeds[view.instance])
+            speed = tuple(map(float, self._speeds[view.instance]))
+            side = self._sides[row] = _Side(view, speed)
         return side
 
     def _changed(self, row: int) -> None:
@@ -250,10 +262,12 @@ class _Plan:
         most_ttft_s = one.left_s * share - copy_s
         for at in self._freest(source, request, (one.tpot_s * share, most_ttft_s), not_there):
             there = self._side(at)
-            tpot_s = there.joined_by(request).tpot_s()
-            ttft_s = there.standing.first_token_s(there.standing.queue(), request.num_prompt_tokens)
-            is_met = tpot_s <= one.tpot_s * share and (one.left_s == math.inf or ttft_s <= most_ttft_s)
-            if is_met and self._takes(there, request):
+            after, ttft_s = there.joined_by(request), 0.0
+            is_met = (tpot_s := after.tpot_s()) <= one.tpot_s * share
+            if is_met and one.left_s < math.inf:
+                ttft_s = there.standing.first_token_s(there.standing.queue(), request.num_prompt_tokens)
+                is_met = ttft_s <= most_ttft_s
+            if is_met and self._takes(there, request, after):
                 self._book(row, at, request, _reason(one, tpot_s, ttft_s + copy_s))
                 return True
         return False
@@ -266,11 +280,8 @@ class _Plan:
         least = source.standing.least_tokens(short_s)
         neighbours = [
             other
-            for other in source.requests()
-            if other.ttft_s is None
-            and other.tpot_s is None
-            and other.priority >= one.request.priority
-            and other.status == RUNNING
+            for other in source.untargeted()
+            if other.priority >= one.request.priority
             and _num_tokens(other) >= least
             and source.left_by(other).tpot_s() <= one.tpot_s
         ]
@@ -279,7 +290,8 @@ class _Plan:
             if not self._may_move(source, other):
                 continue
             for at in self._freest(source, other, (math.inf, math.inf), not_there):
-                if self._takes(self._side(at), other):
+                there = self._side(at)
+                if self._takes(there, other, there.joined_by(other)):
                     self._book(row, at, other, _neighbours_reason(one, source.left_by(other).tpot_s()))
                     return True
         return False
@@ -298,9 +310,9 @@ class _Plan:
         num_blocks = blocks_wanted(request, source.load.block_size)
         return self.places.freest(num_blocks, _num_tokens(request), within, not_there)
 
-    def _takes(self, there: _Side, request: RequestLoad) -> bool:
+    def _takes(self, there: _Side, request: RequestLoad, after: Standing) -> bool:
         """It stays no source of the memory's rule, and nobody there misses a target for it."""
-        if there.makes_miss_coming(request):
+        if there.makes_miss_coming(request, after):
             return False
         joined = after_joining(there.load, request.priority, blocks_wanted(request, there.load.block_size))
         return freeness_steps(joined, self._params.load) >= self._params.threshold_steps

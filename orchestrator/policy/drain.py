@@ -31,6 +31,8 @@ class _Destination:
 
 def plan_drain(views: tuple[InstanceView, ...], resting: frozenset[RequestId], params: DrainParams) -> tuple[Move, ...]:
     """Moves for this tick: draining instances by name, their requests the most urgent first, then the shortest."""
+    if not any(view.draining for view in views):
+        return ()
     ordered = sorted(views, key=lambda view: view.instance)
     destinations = [_Destination(view, view.load, view.slots_in) for view in ordered if not view.draining]
     moves: list[Move] = []

@@ -44,6 +44,8 @@ class LoadParams:
 
 
 NO_HEADROOM = LoadParams()
+_SERVING = State.SERVING.value
+"""An enum's value is looked up slowly, and each tick asks it of every instance, more than once."""
 
 
 def running_blocks(report: LoadReport) -> int:
@@ -58,10 +60,11 @@ def virtual_usage_blocks(report: LoadReport, params: LoadParams = NO_HEADROOM) -
     runs here adds its headroom once). First of the queue: its full demand. Others waiting: 0. Reserved blocks count as
     used: the requests they are for are on their way.
     """
-    if report.state != State.SERVING.value:
+    if report.state != _SERVING:
         return math.inf
-    headroom = params.headroom_of(report.running_by_priority)
-    return running_blocks(report) + report.reserved_blocks + report.head_of_line_blocks + headroom
+    headroom = params.headroom_of(report.running_by_priority) if params.headroom_blocks else 0
+    # Running and reserved blocks are together all that are not free.
+    return report.total_blocks - report.free_blocks + report.head_of_line_blocks + headroom
 
 
 def freeness(report: LoadReport, params: LoadParams = NO_HEADROOM) -> float:

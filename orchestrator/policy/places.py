@@ -7,7 +7,8 @@ let through is looked at in full, so that a tick costs a few array operations an
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,16 @@ from instance.messages import WIDE_STEP_TOKENS, LoadReport
 from migration.types import InstanceId
 from orchestrator.policy.moves import InstanceView, freeness_steps
 from orchestrator.policy.rebalance import RebalanceParams
-from orchestrator.policy.standing import EXPECTED_OUTPUT_TOKENS, NOBODY, Speed, Standing
+from orchestrator.policy.standing import EXPECTED_OUTPUT_TOKENS, NOBODY, Speeds, Standing
 
 Floats = npt.NDArray[np.float64]
+OF_LOAD = (
+    "block_size", "free_blocks", "total_blocks", "head_of_line_blocks", "num_running", "num_waiting", "waiting_blocks",
+    "max_running", "max_step_tokens",
+)  # fmt: skip
+OF_VIEW = ("slots_out", "slots_in", "tightest.tpot_s", "tightest.left_s", "signal_age_s")
+"""Fields that are columns as they stand."""
+_SERVING = State.SERVING.value
 LEAST_LEFT_S = 1e-3
 CANNOT = -math.inf
 """Steps left of an instance that nothing may go to."""
@@ -28,21 +36,23 @@ CANNOT = -math.inf
 class Places:
     """Columns, one row an instance, in order of name. Sizes in tokens, times in seconds."""
 
-    def __init__(
-        self, views: Sequence[InstanceView], speeds: Mapping[InstanceId, Speed], params: RebalanceParams
-    ) -> None:
+    def __init__(self, views: Sequence[InstanceView], speeds: Speeds, params: RebalanceParams) -> None:
         self._params = params
         self._names = [view.instance for view in views]
-        self._columns(views, [speeds[name] for name in self._names])
+        self._columns(views, np.array([speeds[name] for name in self._names]))
         self._fastest: tuple[float, float] | None = None
+        self._by_steps: npt.NDArray[np.intp] | None = None
+        """Rows, the freest first."""
 
-    def _columns(self, views: Sequence[InstanceView], speeds: list[Speed]) -> None:
-        told = np.array([_told(view, self._params) for view in views], dtype=np.float64).reshape(len(views), 14).T
-        size, free, used, reserved_for, running, waiting, waiting_blocks, slots, step_tokens = told[:9]
-        can_take, slots_out, tight_tpot_s, tight_left_s, room = told[9:]
-        base, per_token, per_wide, per_decode, self.per_context, per_pair = np.array(speeds).reshape(-1, 6).T
-        self.per_token, self.room = per_token.copy(), room.copy()
-        context, queued = used * size, waiting_blocks * size
+    def _columns(self, views: Sequence[InstanceView], speeds: Floats) -> None:
+        loads = [view.load for view in views]
+        size, free, total, head, running, waiting, waiting_blocks, slots, step_tokens = _table(OF_LOAD, loads)
+        slots_out, slots_in, tight_tpot_s, tight_left_s, age_s = _table(OF_VIEW, views)
+        base, per_token, per_wide, per_decode, self.per_context, per_pair = speeds.reshape(-1, 6).T
+        waiting_blocks = np.maximum(waiting_blocks, head)
+        slots, step_tokens = (np.where(most != 0.0, most, math.inf) for most in (slots, step_tokens))  # 0: not told
+        self.per_token, self.room = per_token, free - waiting_blocks
+        context, queued = (total - free) * size, waiting_blocks * size
 
         def step_s(batch: Floats, num_context_tokens: Floats) -> Floats:
             seconds: Floats = base + (per_token + per_decode) * batch + self.per_context * num_context_tokens
@@ -68,15 +78,24 @@ class Places:
         nobody = np.zeros(len(views))
         self.tpot_s, self.first_s = tpot_s(running + 1.0), first_s(nobody, nobody, nobody)
         """Of a newcomer of no length, who is the most urgent there."""
-        spare = (free - reserved_for) * size
+        spare = (free - head - self._headrooms(loads)) * size
         steps = np.where(spare >= 0.0, spare / np.maximum(1.0, running), spare)
-        self.steps = np.where((can_take > 0.0) & (steps >= self._params.threshold_steps), steps, CANNOT)
+        can_take = (slots_in > 0.0) & np.array([load.state == _SERVING for load in loads], dtype=np.bool_)
+        self.steps = np.where(can_take & (steps >= self._params.threshold_steps), steps, CANNOT)
         last_s = first_s(queued, waiting, queued * queued / np.maximum(2.0, 2.0 * waiting))
+        tight_left_s = tight_left_s - age_s
         # One whose time has just run out, since its report, must not hide others behind it.
         is_due = tight_left_s < math.inf
         by_ttft = np.where(is_due, last_s / np.where(is_due, np.maximum(tight_left_s, LEAST_LEFT_S), 1.0), 0.0)
         self.misses_by = np.where(slots_out > 0.0, np.maximum(tpot_s(running) / tight_tpot_s, by_ttft), 0.0)
         """About how far the worst prediction there is from its target, as a ratio; 0: it cannot send anything."""
+
+    def _headrooms(self, loads: Sequence[LoadReport]) -> Floats | float:
+        """Blocks kept free on each."""
+        params = self._params.load
+        if not params.headroom_blocks:
+            return 0.0
+        return np.array([params.headroom_of(load.running_by_priority) for load in loads], dtype=np.float64)
 
     # ---- who
     def missing(self) -> list[int]:
@@ -108,14 +127,15 @@ class Places:
             possible &= self.tpot_s + self.per_context * num_tokens <= most_tpot_s
         if most_ttft_s < math.inf:
             possible &= self.first_s + self.per_token * (num_tokens - 1) <= most_ttft_s
-        rows = possible.nonzero()[0]
-        ordered = rows[np.argsort(-self.steps[rows], kind="stable")].tolist()  # of equals the first by name
-        allowed = (row for row in ordered if self._names[row] not in not_these)
-        return [row for row, _ in zip(allowed, range(self._params.max_destinations), strict=False)]
+        if self._by_steps is None:
+            self._by_steps = np.argsort(-self.steps, kind="stable")  # of equals the first by name
+        most = self._params.max_destinations
+        freest = self._by_steps[possible[self._by_steps]][: most + len(not_these)].tolist()
+        return [row for row in freest if self._names[row] not in not_these][:most]
 
     def changed(self, row: int, load: LoadReport, standing: Standing, slots_in: int) -> None:
         """It stands elsewhere now, by a move that was planned or by what is on its way there."""
-        self._fastest = None
+        self._fastest = self._by_steps = None
         steps = freeness_steps(load, self._params.load)
         self.steps[row] = steps if slots_in > 0 and steps >= self._params.threshold_steps else CANNOT
         self.room[row] = load.free_blocks - standing.num_waiting_tokens / max(1, load.block_size)
@@ -123,23 +143,7 @@ class Places:
         self.first_s[row] = standing.first_token_s(NOBODY, 0)
 
 
-def _told(view: InstanceView, params: RebalanceParams) -> tuple[float, ...]:
-    load, tightest = view.load, view.tightest
-    waiting_blocks = max(load.waiting_blocks, load.head_of_line_blocks)
-    headroom = params.load.headroom_of(load.running_by_priority) if params.load.headroom_blocks else 0
-    return (
-        load.block_size,
-        load.free_blocks,
-        load.total_blocks - load.free_blocks,
-        load.head_of_line_blocks + headroom,
-        load.num_running,
-        load.num_waiting,
-        waiting_blocks,
-        load.max_running or math.inf,
-        load.max_step_tokens or math.inf,
-        view.slots_in if load.state == State.SERVING.value else 0,
-        view.slots_out,
-        tightest.tpot_s,
-        tightest.left_s - view.signal_age_s,
-        load.free_blocks - waiting_blocks,
-    )
+def _table(fields: tuple[str, ...], of: Sequence[object]) -> Floats:
+    """(fields, `of`): a row for each field, a column for each of these."""
+    row_of = attrgetter(*fields)
+    return np.array([row_of(one) for one in of], dtype=np.float64).reshape(len(of), len(fields)).T

@@ -26,7 +26,7 @@ from orchestrator.policy.moves import (
     after_joining,
     after_leaving,
     freeness_steps,
-    outlives_its_copy,
+    outliving_their_copies,
     spare_blocks,
     steps_left,
 )
@@ -96,16 +96,16 @@ class _Side:
         self.steps = steps_left(self.spare, self.load.num_running, self.load.block_size)
 
 
-_Filed = tuple[float, InstanceId, _Side]
-"""Names differ, so that sides are never compared."""
+_Filed = tuple[float, InstanceId, InstanceView]
+"""Names differ, so that views are never compared."""
 
 
 def _as_source(side: _Side) -> _Filed:
-    return (side.steps, side.view.instance, side)
+    return (side.steps, side.view.instance, side.view)
 
 
 def _as_destination(side: _Side) -> _Filed:
-    return (-side.steps, side.view.instance, side)
+    return (-side.steps, side.view.instance, side.view)
 
 
 class _Plan:
@@ -114,20 +114,26 @@ class _Plan:
     def __init__(self, views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> None:
         self._resting = resting
         self._params = params
-        self._taken: set[RequestId] = set(resting.requests)
-        sides = [
-            _Side(view, view.load, view.slots_out, view.slots_in, params.load) for view in views if not view.draining
+        self._taken: set[str] = set(resting.requests)
+        self._sides: dict[InstanceId, _Side] = {}
+        """Of those that were looked at more closely."""
+        threshold, load_params = params.threshold_steps, params.load
+        steps = [(freeness_steps(view.load, load_params), view) for view in views if not view.draining]
+        self._sources: list[_Filed] = [
+            (left, view.instance, view) for left, view in steps if -math.inf < left < threshold and view.slots_out > 0
         ]
-        self._sources = [_as_source(side) for side in sides if self._is_source(side)]
         """A heap, the least free first."""
         heapq.heapify(self._sources)
-        self._destinations = sorted(_as_destination(side) for side in sides if self._is_destination(side))
+        self._destinations: list[_Filed] = [
+            (-left, view.instance, view) for left, view in steps if left >= 0 and view.slots_in > 0
+        ]
         """The freest first."""
+        self._destinations.sort()
 
     def moves(self) -> tuple[Move, ...]:
         moves: list[Move] = []
         while len(moves) < self._params.max_moves and self._sources and self._destinations:
-            _, _, source = heapq.heappop(self._sources)
+            source = self._side(heapq.heappop(self._sources)[2])
             if source.has_taken:
                 continue
             if -self._destinations[0][0] - source.steps <= self._params.margin_steps:
@@ -138,6 +144,17 @@ class _Plan:
             destination, request, gain = found
             moves.append(self._book(source, destination, request, gain))
         return tuple(moves)
+
+    def _side(self, view: InstanceView) -> _Side:
+        side = self._sides.get(view.instance)
+        if side is None:
+            side = _Side(view, view.load, view.slots_out, view.slots_in, self._params.load)
+            self._sides[view.instance] = side
+        return side
+
+    def _free_blocks(self, view: InstanceView) -> int:
+        side = self._sides.get(view.instance)
+        return (view if side is None else side).load.free_blocks
 
     def _is_source(self, side: _Side) -> bool:
         """Short of memory; an instance that does not serve is neither."""
@@ -173,14 +190,15 @@ class _Plan:
         is the destination after it, and the freer the source: where the smallest does not pay, none does. (One that
         takes its level's headroom along makes the source freer still, and the destination less free.)"""
         num_looked_at = 0
-        for minus_steps, name, destination in self._destinations:
+        for minus_steps, name, view in self._destinations:
             if -minus_steps - source.steps <= self._params.margin_steps:
                 return  # the source itself is among those that are left
-            if smallest > destination.load.free_blocks or (source.view.instance, name) in self._resting.pairs:
+            if smallest > self._free_blocks(view) or (source.view.instance, name) in self._resting.pairs:
                 continue
             num_looked_at += 1
             if num_looked_at > self._params.max_destinations:
                 return
+            destination = self._side(view)
             if _may_pay(source, destination, smallest, self._params):
                 yield destination
 
@@ -201,7 +219,7 @@ class _Plan:
             heapq.heappush(self._sources, _as_source(source))
         if self._is_destination(destination):
             bisect.insort(self._destinations, _as_destination(destination))
-        self._taken.add(RequestId(request.request_id))
+        self._taken.add(request.request_id)
         return _move(source, destination, request, gain, cause)
 
 
@@ -214,18 +232,15 @@ def plan_rebalance(views: tuple[InstanceView, ...], resting: Resting, params: Re
     return _Plan(views, resting, params).moves()
 
 
-def _groups(source: _Side, taken: set[RequestId], params: RebalanceParams) -> list[list[RequestLoad]]:
+def _groups(source: _Side, taken: set[str], params: RebalanceParams) -> list[list[RequestLoad]]:
     """The requests that may be asked, level by level, the least urgent first; together where levels have no headroom.
 
     Where memory is short only of headroom, it is made by moving requests that are less urgent than the level it is for.
     """
     movable = [
         request
-        for request in source.view.requests
-        if request.movable
-        and request.status == _RUNNING
-        and RequestId(request.request_id) not in taken
-        and outlives_its_copy(source.view, request)
+        for request in outliving_their_copies(source.view)
+        if request.movable and request.status == _RUNNING and request.request_id not in taken
     ]
     if not params.load.headroom_blocks:
         return [movable]

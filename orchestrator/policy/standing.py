@@ -10,13 +10,20 @@ much joins the batch as there is room for.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from instance.messages import WIDE_STEP_TOKENS, LoadReport
+from migration.types import InstanceId
 from orchestrator.policy.slo import SloParams
 
 Speed = tuple[float, ...]
 """Coefficients of a step-time model (`steptime.py`): seconds a unit of each term."""
+Speeds = Mapping[InstanceId, Speed | npt.NDArray[np.float64]]
+"""As they were learned: most are only ever looked at as columns."""
 EXPECTED_OUTPUT_TOKENS = SloParams().expected_output_tokens
 
 

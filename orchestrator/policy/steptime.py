@@ -18,6 +18,7 @@ at that row's speed.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,8 @@ class StepTimeModel:
         least_s = LEAST_EXPECTED * seconds  # a step of terms that seemed to cost nothing
         expected_s = np.maximum(expected_s, least_s)
         if len(rows) >= self._params.solve_every:
-            expected_s = np.maximum(expected_s * self._shift(float(np.median(seconds / expected_s))), least_s)
+            ratio = statistics.median((seconds / expected_s).tolist())  # numpy's takes far longer for so few
+            expected_s = np.maximum(expected_s * self._shift(ratio), least_s)
         weights = row_weights(seconds, expected_s, self._params)
         forgetting = self._params.forgetting
         for kind in (0, 1):
@@ -266,12 +268,12 @@ class StepTimes:
         """The mean of the instances that are known well; None while none is. No coefficient is zero: a prior of nothing
         would deny a cost that those instances have just not met."""
         known: list[Any] = [
-            learned.model.coefficients / SHAPE
+            learned.model.coefficients
             for learned in self._learned.values()
             if learned.model.coefficients is not None and learned.model.num_rows >= self._params.min_prior_rows
         ]
         if not known:
             return None
-        mean = np.mean(known, axis=0)
+        mean = np.mean(np.array(known) / SHAPE, axis=0)
         prior: Floats = np.maximum(mean, 0.01 * mean.mean()) * SHAPE
         return prior

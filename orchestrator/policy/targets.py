@@ -48,13 +48,21 @@ class Tightest:
 NOTHING_WANTED = Tightest()
 
 
+def is_any_wanted(of: Iterable[Tightest]) -> bool:
+    """Whether any request of these instances has a target."""
+    # Most of those that have none are the very same object, which is seen at once.
+    return any(one is not NOTHING_WANTED and one != NOTHING_WANTED for one in of)
+
+
 def tightest_of(requests: Iterable[RequestLoad]) -> Tightest:
     tpot_s = left_s = math.inf
     for request in requests:
-        if request.tpot_s is not None:
-            tpot_s = min(tpot_s, tpot_wanted_s(request))
-        if request.ttft_s is not None and (its_s := ttft_left_s(request)) > 0.0:
-            left_s = min(left_s, its_s)
+        # Asked of each request four times a second: most have given tokens, and so wait for no first one.
+        if request.tpot_s is not None and 0.0 < request.tpot_s < tpot_s:
+            tpot_s = request.tpot_s
+        awaits_it = request.ttft_s is not None and request.num_output_tokens == 0
+        if awaits_it and 0.0 < (its_s := ttft_left_s(request)) < left_s:
+            left_s = its_s
     return Tightest(tpot_s, left_s) if min(tpot_s, left_s) < math.inf else NOTHING_WANTED
 
 

@@ -17,6 +17,7 @@ from orchestrator.policy.moves import freeness_steps
 from orchestrator.policy.places import Places
 from orchestrator.policy.rebalance import RebalanceParams, Resting
 from orchestrator.policy.standing import Speed, standing_of
+from orchestrator.policy.targets import Tightest, is_any_wanted, tightest_of, tpot_wanted_s, ttft_left_s
 from tests.support.attain_world import World, carry_out, speeds_of, view_of, views_of, wanting, worlds
 from tests.support.reports import BLOCK_SIZE
 from tests.support.slow_attain import met, tpot_s, ttft_s
@@ -178,6 +179,17 @@ def test_in_a_closed_loop_without_any_rest_moving_comes_to_an_end(fleet: tuple[W
         for move in moves:
             carry_out(world, move)
     assert num_moves <= num_targets
+
+
+@UNTIMED
+@given(fleets())
+def test_the_tightest_targets_are_the_least_of_all(fleet: tuple[World, Speeds]) -> None:
+    for requests in fleet[0].values():
+        odd = [wanting(one, wants, wants) for one in requests for wants in (0.0, -1.0, math.nan, math.inf)]
+        lefts = [left_s for one in requests + odd if (left_s := ttft_left_s(one)) > 0.0]
+        expected = Tightest(min(map(tpot_wanted_s, requests + odd), default=math.inf), min(lefts, default=math.inf))
+        assert tightest_of(requests + odd) == expected
+        assert is_any_wanted([tightest_of(odd), expected]) is (expected != Tightest())
 
 
 @UNTIMED

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
+import msgspec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -12,7 +12,15 @@ from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, RequestId
 from orchestrator.policy.drain import DrainParams, plan_drain
 from orchestrator.policy.load import LoadParams
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import (
+    InstanceView,
+    Move,
+    after_joining,
+    after_leaving,
+    freeness_steps,
+    outlives_its_copy,
+    outliving_their_copies,
+)
 from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
 from tests.support import slow_rebalance
 from tests.support.reports import load_report, request_load
@@ -139,6 +147,22 @@ def test_where_all_are_short_the_one_that_is_worst_off_is_relieved_by_the_others
 COPY_S_PER_BLOCK = st.sampled_from([0.0, 0.005, 0.05, 0.5])
 
 
+@given(worlds(), COPY_S_PER_BLOCK, st.sampled_from([0.0, 0.01]), st.integers(0, 2000))
+def test_those_that_outlive_their_copies_are_found_all_at_once_as_each_by_itself(
+    world: World, copy_s_per_block: float, step_time_s: float, num_output_tokens: int
+) -> None:
+    for view in views_of(world, 0, copy_s_per_block):
+        further = [
+            msgspec.structs.replace(request, num_output_tokens=num_output_tokens, num_blocks=num_blocks)
+            for request in view.requests
+            for num_blocks in (0, request.num_blocks, 20 * request.num_blocks)
+        ]
+        load = msgspec.structs.replace(view.load, step_time_s=step_time_s)
+        asked = msgspec.structs.replace(view, load=load, requests=(*view.requests, *further))
+        each = [request for request in asked.requests if outlives_its_copy(asked, request)]
+        assert list(outliving_their_copies(asked)) == each
+
+
 @given(worlds(), PARAMS, COPY_S_PER_BLOCK)
 def test_what_moves_is_expected_to_live_twice_as_long_as_its_copy_takes(
     world: World, params: RebalanceParams, copy_s_per_block: float
@@ -226,7 +250,7 @@ def test_a_request_moves_only_where_no_less_urgent_level_does_any_good(world: Wo
     first = moves[0]
     level = params.load.level(first.priority)
     less_urgent = tuple(request for request in world[first.source] if level is not None and request.priority > level)
-    narrowed = {**views, first.source: dataclasses.replace(views[first.source], requests=less_urgent)}
+    narrowed = {**views, first.source: msgspec.structs.replace(views[first.source], requests=less_urgent)}
     others = plan_rebalance(tuple(narrowed.values()), NOBODY_RESTS, params)
     assert not others or others[0].source != first.source
 

@@ -1,15 +1,18 @@
-"""Are the views of a tick's later plans those that would be made anew, where most are taken over from the first?"""
+"""Are views what the records say, and those of a tick's later plans what they would be if they were made anew?"""
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instance.lifecycle import State
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator import view
 from orchestrator.events import MigrationNumber
 from orchestrator.policy.moves import InstanceView, Move
 from orchestrator.state import CoreParams, InstanceRecord, MigrationRecord
+from tests.support import slow_view
 from tests.support.reports import load_report, request_load
 
 NAMES = [InstanceId(f"instance-{number}") for number in range(5)]
@@ -69,6 +72,49 @@ def test_views_taken_over_are_those_made_anew(
     unmoved = {one.instance for one in before} - {name for move in told for name in (move.source, move.destination)}
     known: dict[InstanceId, InstanceView] = {one.instance: one for one in before}
     assert all(one is known[one.instance] for one in again if one.instance in unmoved), "else nothing is saved"
+
+
+@st.composite
+def records_and_moves(
+    draw: st.DrawFn,
+) -> tuple[dict[InstanceId, InstanceRecord], dict[MigrationNumber, MigrationRecord]]:
+    """Of all states and ages; moves also of incarnations that are gone, and of requests that two instances list."""
+    records = {}
+    for name in draw(st.lists(st.sampled_from(NAMES), unique=True)):
+        record = record_of(name, draw(st.sampled_from([0.0, 0.2, 1.5, 5.0])), draw(st.sampled_from([0.0, 0.01, 0.03])))
+        assert record.load is not None
+        word, reserved = draw(st.sampled_from(["serving", "draining"])), draw(st.sampled_from([0, 7, 30]))
+        record.load = msgspec.structs.replace(record.load, state=word, reserved_blocks=reserved)
+        if draw(st.integers(0, 3)) == 0:
+            record.state = State.DRAINING
+        if draw(st.integers(0, 4)) == 0:
+            record.load = None
+        if draw(st.booleans()):
+            twice = tuple(request_load(f"{other}-{draw(st.integers(0, 1))}") for other in NAMES[:2])
+            record.take_requests(record.requests + twice, draw(st.sampled_from([0.0, 8.0, 10.0])))
+        records[name] = record
+    in_flight = {}
+    for number in range(draw(st.integers(0, 6))):
+        source, destination = (
+            Incarnation(draw(st.sampled_from(NAMES)), Epoch(draw(st.sampled_from([1, 1, 1, 2]))), "tcp://here")
+            for _ in range(2)
+        )
+        request_id = RequestId(f"{source.instance}-{draw(st.integers(0, EACH - 1))}")
+        blocks = draw(st.sampled_from([1, 10]))
+        move = Move(request_id, source.instance, destination.instance, 0, blocks, "because", 0.0)
+        in_flight[MigrationNumber(number)] = view.begun(MigrationNumber(number), move, source, destination, 10.0)
+    return records, in_flight
+
+
+@given(records_and_moves())
+def test_views_are_those_of_the_rule_written_out(
+    known: tuple[dict[InstanceId, InstanceRecord], dict[MigrationNumber, MigrationRecord]],
+) -> None:
+    records, in_flight = known
+    params = CoreParams()
+    assert view.instance_views(records, in_flight, params, 10.0) == slow_view.instance_views(
+        records, in_flight, params, 10.0
+    )
 
 
 @given(moves)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgspec
 
 from instance.messages import RequestLoad
@@ -76,7 +74,7 @@ def test_it_does_not_go_where_another_would_miss_its_target_for_it() -> None:
 
 def test_one_on_its_way_there_counts_as_there() -> None:
     here = view_of("a", [wanting(request_load("r", 5), tpot_s=0.030), *bulk(29)])
-    arriving = dataclasses.replace(view_of("b", bulk(5)), arriving=(wanting(request_load("s", 5), tpot_s=0.0155),))
+    arriving = msgspec.structs.replace(view_of("b", bulk(5)), arriving=(wanting(request_load("s", 5), tpot_s=0.0155),))
     assert told(plan(here, arriving)) == []
 
 
@@ -105,8 +103,8 @@ def test_what_cannot_move_or_rests_stays_and_so_does_what_ends_before_its_copy_h
     assert told(plan(here, there, resting=Resting(frozenset({wants.request_id})))) == []  # type: ignore[arg-type]
     assert told(plan(here, there, resting=Resting(pairs=frozenset({(here.instance, there.instance)})))) == []
     # 5 blocks of 0.1 s each are 50 decode steps of 10 ms: it would have to live for 100 more, and lives for 64.
-    assert told(plan(dataclasses.replace(here, copy_s_per_block=0.1), there)) == []
-    assert told(plan(dataclasses.replace(here, copy_s_per_block=0.05), there)) == [("r", "a", "b")]
+    assert told(plan(msgspec.structs.replace(here, copy_s_per_block=0.1), there)) == []
+    assert told(plan(msgspec.structs.replace(here, copy_s_per_block=0.05), there)) == [("r", "a", "b")]
 
 
 def test_it_does_not_go_where_memory_would_be_short_then() -> None:
@@ -128,13 +126,13 @@ def test_an_instance_that_has_promised_more_than_it_has_takes_nothing_and_is_no_
     there = view_of("b", bulk(4))
     full = msgspec.structs.replace(there.load, free_blocks=-7)
     for arriving in ((), (wanting(request_load("s", 5), tpot_s=0.0155),)):
-        assert told(plan(here, dataclasses.replace(there, load=full, arriving=arriving))) == []
+        assert told(plan(here, msgspec.structs.replace(there, load=full, arriving=arriving))) == []
 
 
 def test_a_load_in_blocks_of_no_tokens_is_no_error() -> None:
     here = view_of("a", [wanting(request_load("r", 5), tpot_s=0.018), *bulk(19), waiting("w", 500)])
     for view in (here, view_of("b", [])):
-        odd = dataclasses.replace(view, load=msgspec.structs.replace(view.load, block_size=0))
+        odd = msgspec.structs.replace(view, load=msgspec.structs.replace(view.load, block_size=0))
         others = [other for other in (here, view_of("b", [])) if other.instance != view.instance]
         plan(odd, *others)  # whatever it says, it comes back
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from instance.messages import RequestLoad
@@ -74,7 +75,7 @@ def after_a_period(
 
 
 def test_a_fleet_that_stays_full_gets_one_more_and_the_decision_says_why_and_how_old_its_signals_are() -> None:
-    decision, trend = after_a_period(fleet(full("a"), replace(full("b"), signal_age_s=0.7)), 2)
+    decision, trend = after_a_period(fleet(full("a"), msgspec.structs.replace(full("b"), signal_age_s=0.7)), 2)
     assert decision.target == 3 and decision.mean_steps == 80
     assert decision.reason == "mean freeness 80 decode steps, below 160 for 30 s" and decision.signal_age_s == 0.7
     assert trend == Trend(changed_s=PARAMS.period_s)
@@ -154,7 +155,7 @@ def test_what_waits_counts_when_one_less_is_considered() -> None:
 
 
 def test_a_draining_instance_is_neither_load_nor_room() -> None:
-    decision, _ = after_a_period(fleet(full("a"), replace(idle("b"), draining=True)), 2)
+    decision, _ = after_a_period(fleet(full("a"), msgspec.structs.replace(idle("b"), draining=True)), 2)
     assert decision.mean_steps == 80 and decision.target == 3
 
 
@@ -187,12 +188,12 @@ def test_the_cheapest_to_empty_goes_and_what_cannot_move_is_dear() -> None:
 def test_of_equals_the_last_by_name_goes_and_what_is_on_its_way_there_counts() -> None:
     first, last = idle("instance-0"), idle("instance-1")
     assert choose_victim((first, last), PARAMS) is last
-    coming = replace(last, load=load_report("instance-1", free_blocks=950, reserved_blocks=50))
+    coming = msgspec.structs.replace(last, load=load_report("instance-1", free_blocks=950, reserved_blocks=50))
     assert choose_victim((first, coming), PARAMS) is first
 
 
 def test_the_last_one_that_serves_is_nobodys_victim() -> None:
-    draining = replace(idle("b"), draining=True)
+    draining = msgspec.structs.replace(idle("b"), draining=True)
     assert choose_victim((idle("a"), draining), PARAMS) is None
     assert choose_victim((), PARAMS, is_one_left=True) is None
     victim = choose_victim((idle("a"), draining), PARAMS, is_one_left=True)

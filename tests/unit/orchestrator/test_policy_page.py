@@ -232,7 +232,7 @@ def test_the_move_for_the_sake_of_a_target(page: Page) -> None:
         load = load_report(row["instance"], total_blocks=4000, free_blocks=4000 - tokens // 16, num_running=num)
         requests = (wants, *others)
         view = InstanceView(InstanceId(row["instance"]), load, requests, False, 2, 2, AGE_S)
-        views.append(dataclasses.replace(view, tightest=tightest_of(requests)))
+        views.append(msgspec.structs.replace(view, tightest=tightest_of(requests)))
         standing = standing_of(load, speed)
         assert row["TPOT"] == f"{standing.tpot_s() * 1e3:.1f}"
         if row["TPOT with f"]:
