@@ -60,7 +60,7 @@ from orchestrator.events import (
 )
 from orchestrator.policy.drain import plan_drain
 from orchestrator.policy.moves import InstanceView, Move
-from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.policy.rebalance import Resting
 from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
 from orchestrator.retiring import Drains
@@ -337,7 +337,7 @@ class Orchestrator:
         effects = self._start_all(moves, now_s)
         if self._params.is_rebalancing:
             resting, params = Resting(self._request_rests.names(), self._pair_rests.names()), self._params.rebalance
-            for plan in (plan_rebalance, self._attaining.moves):
+            for plan in self._attaining.plans():
                 views = self._views(now_s, (views, moves))  # what was begun counts as made
                 moves = plan(views, resting, params)
                 effects += self._start_all(moves, now_s)

@@ -9,13 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from instance.lifecycle import State
-from instance.messages import LoadReport, RequestLoad
+from instance.messages import RequestLoad
 from migration.types import Incarnation, InstanceId, RequestId
+from orchestrator.counting import after_moves
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
 from orchestrator.events import DrainRequested, MigrateRequested, MigrationEnded, MigrationNumber
 from orchestrator.policy.load import NO_HEADROOM, LoadParams
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import InstanceView, Move, freeness_steps
 from orchestrator.state import (
     CoreParams,
     GatewayRecord,
@@ -100,7 +101,7 @@ class _Look:
         leaving, joining = self._leaving.get(name, ()), self._joining.get(name, ())
         if leaving or joining:  # nobody else can have said that one of those is there
             requests = tuple(item for item in requests if item.request_id not in self._moving)
-            load = _after(load, leaving, joining)
+            load = after_moves(load, requests, leaving, joining, self._on_the_way)
         return InstanceView(
             instance=name,
             load=load,
@@ -123,17 +124,6 @@ class _Look:
             known_s = [record.copy_s_per_block for record in self._records.values() if record.copy_s_per_block > 0]
             self._usual_s = statistics.median(known_s) if known_s else 0.0
         return self._usual_s
-
-
-def _after(load: LoadReport, leaving: Sequence[MigrationRecord], joining: Sequence[MigrationRecord]) -> LoadReport:
-    reserved_blocks = load.reserved_blocks
-    for move in leaving:
-        load = after_leaving(load, move.priority, move.num_blocks)
-    for move in joining:
-        already = min(reserved_blocks, move.num_blocks)  # what the instance itself has set aside is not counted twice
-        reserved_blocks -= already
-        load = after_joining(load, move.priority, move.num_blocks - already)
-    return load
 
 
 def members(

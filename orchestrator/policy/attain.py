@@ -19,15 +19,18 @@ from orchestrator.policy.moves import (
     Move,
     after_joining,
     after_leaving,
+    blocks_wanted,
     freeness_steps,
+    is_queued,
     outlives_its_copy,
+    queue_order,
 )
 from orchestrator.policy.places import Places
 from orchestrator.policy.rebalance import RebalanceParams, Resting
 from orchestrator.policy.standing import NOBODY, Ahead, Speed, Speeds, Standing, standing_of
 from orchestrator.policy.targets import awaits_first_token, is_any_wanted, tpot_wanted_s, ttft_left_s
 
-RUNNING, WAITING, PREEMPTED = "running", "waiting", "preempted"
+RUNNING, WAITING = "running", "waiting"
 
 
 def plan_attain(
@@ -83,7 +86,8 @@ class _Side:
         self.standing = standing_of(self.load, self.speed)
         for request in self.view.arriving:
             if awaits_first_token(request):  # counted as running in the view, since all that moves is
-                self.standing = self.standing.without_running(0).with_waiting(request.num_prompt_tokens)
+                counted = blocks_wanted(request, self.load.block_size) * self.load.block_size
+                self.standing = self.standing.without_running(counted).with_waiting(request.num_prompt_tokens)
 
     # ---- who is there
     def requests(self) -> tuple[RequestLoad, ...]:
@@ -103,8 +107,7 @@ class _Side:
         """Those that wait, in the engine's order: by priority, then by arrival; each with what is ahead of it."""
         if self._queue is None:
             arriving = [one for one in (*self.view.arriving, *self.came) if awaits_first_token(one)]
-            waiting = [one for one in self.requests() if one.status in (WAITING, PREEMPTED)]
-            waiting = sorted(waiting + arriving, key=lambda one: (one.priority, -_life_s(one), one.request_id))
+            waiting = sorted([*filter(is_queued, self.requests()), *arriving], key=queue_order)
             self._queue = _one_after_the_other(waiting)
         return self._queue
 
@@ -329,19 +332,8 @@ class _Plan:
         self._changed(at)
 
 
-def blocks_wanted(request: RequestLoad, block_size: int) -> int:
-    """What it holds, and what its next token needs: of a prompt that is half computed only a part is held. (The newest
-    token of one that decodes is in no block yet.)"""
-    tokens = _num_tokens(request) + (request.num_output_tokens == 0)
-    return max(request.num_blocks, -(-tokens // max(1, block_size)))
-
-
 def _num_tokens(request: RequestLoad) -> int:
     return request.num_prompt_tokens + request.num_output_tokens
-
-
-def _life_s(request: RequestLoad) -> float:
-    return request.waited_s + request.arrived_s
 
 
 def _one_after_the_other(queue: list[RequestLoad]) -> list[tuple[RequestLoad, Ahead]]:

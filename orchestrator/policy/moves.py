@@ -1,8 +1,9 @@
-"""What do the moving policies (rebalance, drain) look at, and what do they propose? Frozen views in, moves out."""
+"""What do the moving policies (requeue, rebalance, attain, drain) look at, and what do they propose? Frozen views in,
+moves out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -149,3 +150,44 @@ def _counted(
     counts = dict(running_by_priority)
     counts[priority] = counts.get(priority, 0) + change
     return tuple(sorted((level, num) for level, num in counts.items() if num > 0))
+
+
+# ---------------------------------------------------------------------- queues
+def is_queued(request: RequestLoad) -> bool:
+    """It waits there, for its first token or after a preemption."""
+    return request.status in ("waiting", "preempted")
+
+
+def queue_order(request: RequestLoad) -> tuple[int, float, str]:
+    """The engine's: by priority, then who has lived longest, then by name."""
+    return (request.priority, -(request.waited_s + request.arrived_s), request.request_id)
+
+
+def blocks_wanted(request: RequestLoad, block_size: int) -> int:
+    """What it holds, and what its next token needs: of a prompt that is half computed only a part is held. (The newest
+    token of one that decodes is in no block yet.)"""
+    tokens = request.num_prompt_tokens + request.num_output_tokens + (request.num_output_tokens == 0)
+    return max(request.num_blocks, -(-tokens // max(1, block_size)))
+
+
+def after_leaving_queue(load: LoadReport, request: RequestLoad, others: Iterable[RequestLoad]) -> LoadReport:
+    """The load once a request that waits there is gone. `others` wait beside it, as far as they are known: the next of
+    them is the head of the queue, if this one was."""
+    num_waiting = max(0, load.num_waiting - 1)
+    waiting_blocks = max(0, load.waiting_blocks - _blocks_missing(request, load.block_size)) if num_waiting else 0
+    head_blocks = min(load.head_of_line_blocks, waiting_blocks)
+    first = min(others, key=queue_order, default=None)
+    if num_waiting and first is not None:
+        was_head = queue_order(request) < queue_order(first)
+        head_blocks = _blocks_missing(first, load.block_size) if was_head else load.head_of_line_blocks
+    return msgspec.structs.replace(
+        load,
+        free_blocks=min(load.total_blocks, load.free_blocks + request.num_blocks),
+        num_waiting=num_waiting,
+        head_of_line_blocks=head_blocks,
+        waiting_blocks=max(waiting_blocks, head_blocks),
+    )
+
+
+def _blocks_missing(request: RequestLoad, block_size: int) -> int:
+    return blocks_wanted(request, block_size) - request.num_blocks

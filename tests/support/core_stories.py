@@ -73,7 +73,7 @@ def _loads(draw: st.DrawFn) -> LoadReport:
         total_blocks=400,
         free_blocks=draw(st.sampled_from([0, 7, 60, 380, 400])),
         num_running=draw(st.integers(0, 12)),
-        num_waiting=draw(st.integers(0, 1)),
+        num_waiting=draw(st.sampled_from([0, 0, 1, 3])),
         head_of_line_blocks=draw(st.sampled_from([0, 0, 50, 120])),
         reserved_blocks=draw(st.sampled_from([0, 0, 5])),
         migrations_in=draw(st.integers(0, 1)),
@@ -89,7 +89,7 @@ def _request_reports(draw: st.DrawFn) -> RequestReport:
         request_load(
             f"r{number}",
             draw(st.integers(1, 40)),
-            status=draw(st.sampled_from(["running", "running", "running", "waiting"])),
+            status=draw(st.sampled_from(["running", "running", "running", "waiting", "preempted"])),
             priority=draw(st.integers(0, 2)),
             movable=draw(st.integers(0, 5)) > 0,
             tpot_s=draw(st.sampled_from([None, None, 0.002, 0.02])),

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from instance.lifecycle import State
-from instance.messages import LoadReport
 from migration.types import Incarnation, InstanceId, RequestId
+from orchestrator.counting import after_moves
 from orchestrator.events import MigrationNumber
-from orchestrator.policy.moves import InstanceView, after_joining, after_leaving
+from orchestrator.policy.moves import InstanceView
 from orchestrator.state import CoreParams, InstanceRecord, MigrationRecord
 
 
@@ -48,7 +48,7 @@ def instance_views(
         views.append(
             InstanceView(
                 instance=record.instance,
-                load=_after(record.load, leaving, joining),
+                load=after_moves(record.load, requests, leaving, joining, on_the_way),
                 requests=requests,
                 draining=record.state is not State.SERVING or record.load.state != State.SERVING.value,
                 slots_out=max(0, params.max_migrations_out - len(leaving)),
@@ -60,14 +60,3 @@ def instance_views(
             )
         )
     return tuple(views)
-
-
-def _after(load: LoadReport, leaving: list[MigrationRecord], joining: list[MigrationRecord]) -> LoadReport:
-    reserved_blocks = load.reserved_blocks
-    for move in leaving:
-        load = after_leaving(load, move.priority, move.num_blocks)
-    for move in joining:
-        already = min(reserved_blocks, move.num_blocks)  # what the instance itself has set aside is not counted twice
-        reserved_blocks -= already
-        load = after_joining(load, move.priority, move.num_blocks - already)
-    return load

@@ -15,8 +15,17 @@ from orchestrator.policy.autoscale import AutoscaleParams
 from orchestrator.policy.dispatch import Choice, DispatchBook, DispatchParams, demand_blocks
 from orchestrator.policy.drain import DrainParams, plan_drain
 from orchestrator.policy.load import freeness, running_blocks, virtual_usage_blocks
-from orchestrator.policy.moves import InstanceView, Move, after_joining, after_leaving, freeness_steps
+from orchestrator.policy.moves import (
+    InstanceView,
+    Move,
+    after_joining,
+    after_leaving,
+    after_leaving_queue,
+    blocks_wanted,
+    freeness_steps,
+)
 from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
+from orchestrator.policy.requeue import plan_requeue
 from orchestrator.policy.standing import standing_of
 from orchestrator.policy.targets import tightest_of
 from orchestrator.state import CoreParams
@@ -28,6 +37,7 @@ SOURCE, UNSEEN_AT, UNSEEN_BLOCKS, AGE_S = InstanceId("instance-0"), InstanceId("
 CACHED_AT = InstanceId("instance-1")
 REPORTED_S = 20.0
 """Long after the slow start of an instance."""
+WAITS = "waits for (s)"
 Table = list[dict[str, str]]
 
 
@@ -56,7 +66,7 @@ class Page:
     """The page's example, as values of the code."""
 
     def __init__(self, text: str) -> None:
-        self.tables = tables_of(text)
+        self.text, self.tables = text, tables_of(text)
         self.requests = tuple(map(self._request, self.tables["Requests"]))
         self.loads = {InstanceId(row["instance"]): self._load(row) for row in self.tables["Reports"]}
 
@@ -214,6 +224,27 @@ def test_why_there_is_no_second_move(page: Page) -> None:
         assert row["pays"] == "no"
 
 
+def test_the_move_of_one_that_waits(page: Page) -> None:
+    rows = page.tables["If the two that wait may move"]
+    queue = [
+        RequestLoad(row["request"], "", "waiting", 0, int(row["prompt tokens"]), 0, 9, 0, float(row[WAITS]), True)
+        for row in rows
+    ]
+    assert sum(blocks_wanted(one, 16) for one in queue) == page.loads[SOURCE].waiting_blocks
+    for row, one in zip(rows, queue, strict=True):
+        wanted = blocks_wanted(one, 16)
+        assert row["blocks wanted"] == str(wanted)
+        for name in ("instance-1", "instance-2"):
+            left = freeness_steps(after_joining(page.loads[InstanceId(name)], one.priority, wanted))
+            assert row[f"steps after at {name}"] == f"{left:.0f}"
+    views = tuple(msgspec.structs.replace(view, requests=(*view.requests, *queue)) for view in page.views()[:1])
+    moves = plan_requeue((*views, *page.views()[1:]), Resting(), RebalanceParams())
+    assert page.tables["If the two that wait may move 2"] == as_rows(moves)
+    left_here = after_leaving_queue(page.loads[SOURCE], queue[0], queue[1:])
+    assert f"(40 - 30) * 16 / 5 = {freeness_steps(left_here):.0f} steps left" in page.text
+    assert plan_requeue(page.views(), Resting(), RebalanceParams()) == (), "elsewhere on the page they stay"
+
+
 def test_the_drain(page: Page) -> None:
     moves = plan_drain(page.views(draining=SOURCE), frozenset(), DrainParams())
     assert page.tables["If instance-0 were draining"] == as_rows(moves)
@@ -247,7 +278,11 @@ def test_a_number_that_is_wrong_would_be_noticed(repo_root: Path) -> None:
     """The control: the example with one block more free does not give the page's figures."""
     text = (repo_root / "orchestrator" / "policy" / "README.md").read_text(encoding="utf-8")
     wrong = Page(text.replace("| instance-0 | 1000 | 40 |", "| instance-0 | 1000 | 41 |"))
-    for check in (test_the_figures_of_load, test_the_move_that_is_proposed_and_why_it_is_this_one):
+    for check in (
+        test_the_figures_of_load,
+        test_the_move_of_one_that_waits,
+        test_the_move_that_is_proposed_and_why_it_is_this_one,
+    ):
         with pytest.raises(AssertionError):
             check(wrong)
     for old, new in (("| 18.0 | 19.3 | 18.5 |", "| 18.0 | 19.3 | 19.5 |"), ("| 20 | 8000 |", "| 20 | 8200 |")):
