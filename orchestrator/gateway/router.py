@@ -326,13 +326,15 @@ class Router:
     def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
         request = flight.request
         demand = demand_blocks(request.num_prompt_tokens, self._book.block_size)
-        found = self._book.choose(demand, now_s, flight.refused_by, flight.wanted(now_s), request.prefix)
+        found = self._book.choose(
+            demand, now_s, flight.refused_by, flight.wanted(now_s), request.prefix, request.priority
+        )
         verdict = admit(request.asks, found, now_s - flight.arrived_s)
         if not isinstance(verdict, Admit):
             return self._not_sent(flight, verdict)
         choice = verdict.choice
         member = self._members[choice.instance]
-        flight.sequence = self._book.on_dispatched(choice.instance, demand, now_s)
+        flight.sequence = self._book.on_dispatched(choice.instance, demand, now_s, request.priority)
         flight.sent_s = now_s
         self.relay.open(flight.wire_id, (choice.instance, choice.epoch))
         self._waiting.discard(flight.wire_id)

@@ -60,6 +60,8 @@ class DispatchParams:
 class Dispatch(msgspec.Struct, frozen=True, gc=False):
     sequence: int
     demand_blocks: int
+    level: int | None = None
+    """Rank of its level of priority, if that has headroom."""
 
 
 @dataclass(slots=True)
@@ -98,6 +100,9 @@ class Columns:
         self.unseen = _column(size, 0.0)
         self.unseen_blocks = _column(size, 0.0)
         self.first_report_s = _column(size, -math.inf)
+        self._headroom = {rank: blocks for rank, blocks in params.load.headroom_blocks if blocks > 0}
+        self.brought = {rank: _column(size, float(blocks)) for rank, blocks in self._headroom.items()}
+        """By level: what a request of it would take beside its demand. 0 where one of its level runs or was sent."""
         self.num_usable = 0
         """Rows that may be chosen: they serve, and their reports are fresh."""
         self._usable = [False] * size
@@ -151,6 +156,8 @@ class Columns:
         num_unseen, unseen_blocks = len(entry.unseen) * self._num_gateways, entry.unseen_blocks * self._num_gateways
         running = line.num_running + num_unseen
         line.spare = line.free - unseen_blocks
+        if self._headroom:
+            line.spare -= self._write_headroom(entry)
         batch_before, line.batch = line.batch, max(1, running + 1)
         self.batch[row] = line.batch
         if line.batch >= self._largest_batch:
@@ -160,6 +167,15 @@ class Columns:
         self.unseen[row], self.unseen_blocks[row] = num_unseen, unseen_blocks
         self.requests_per_block[row] = running / max(1, line.running_blocks + unseen_blocks)
         self._on_spare(row, line)
+
+    def _write_headroom(self, entry: Entry) -> int:
+        """Returns that of the levels which were sent there and do not run there yet."""
+        running = entry.report.running_by_priority if entry.report is not None else ()
+        there = {self._params.load.bearing(priority) for priority, count in running if count > 0}
+        sent = {one.level for one in entry.unseen} - there
+        for rank, blocks in self._headroom.items():
+            self.brought[rank][entry.row] = 0.0 if rank in there or rank in sent else blocks
+        return sum(blocks for rank, blocks in self._headroom.items() if rank in sent)
 
     def expire(self, now_s: float) -> None:
         """Leave out whose report is too old now."""
@@ -185,8 +201,8 @@ class Columns:
         return self._usable[row]
 
     def highest(self, demand_blocks: int, now_s: float) -> Highest | None:
-        """The best of `scores` where nothing is left out or saved. None: only they can tell. `now_s`: not before the
-        last report."""
+        """The best of `scores` where nothing is left out, saved or brought. None: only they can tell. `now_s`: not
+        before the last report."""
         if demand_blocks > self._smallest:
             return None
         if self._num_unasked:
@@ -208,6 +224,7 @@ class Columns:
         left_out: Sequence[int] = (),
         saved_blocks: Scores | None = None,
         best_only: bool = False,
+        level: int | None = None,
     ) -> Scores:
         """Freeness of each with this request on it, in decode steps; higher is better; -inf: not to be chosen, as those
         `left_out`. Instances too small for it count only where no other is left.
@@ -222,12 +239,16 @@ class Columns:
         counts as if so many blocks of what runs there were gone, with their share of the batch. By demand alone one
         running request more would outweigh any prefix where memory is plentiful.
 
+        `level`: the rank of its level of priority, if that has headroom: where none of that level runs it brings it.
+
         `best_only`: which one is the highest is all that is asked. Where somebody has room those without keep some
         number below zero.
         """
         spare: Scores = (self.reported_s - now_s) * self.growth_per_s
         spare += self.spare
         spare -= demand_blocks
+        if level is not None:
+            spare -= self.brought[level]
         batch = self.batch
         if saved_blocks is not None:
             spare += saved_blocks
@@ -255,6 +276,8 @@ class Columns:
         for name, values in vars(anew).items():
             if isinstance(values, np.ndarray):
                 assert np.array_equal(values[kept], getattr(self, name)[kept]), f"{name} is stale"
+        for rank, values in anew.brought.items():
+            assert np.array_equal(values[kept], self.brought[rank][kept]), f"headroom of {rank} is stale"
         gone = [row for row in range(len(entries)) if row not in self._by_age]
         assert all(self.spare[row] == -math.inf for row in gone), "an old report still counts"
         assert [self._lines[row] for row in kept] == [anew._lines[row] for row in kept], "a line is stale"

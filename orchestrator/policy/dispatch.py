@@ -54,6 +54,8 @@ class InstanceView:
     """Own dispatches no report has seen yet."""
     dispatched_blocks: int
     """Their demand."""
+    dispatched_levels: frozenset[int] = frozenset()
+    """Ranks of their levels of priority, as far as these have headroom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +186,12 @@ class DispatchBook:
         """What a member is to be told with the next subscription (`Subscribe.cached_from`)."""
         return self.prefixes.cached_from(instance) if self._params.heeds_prefixes else None
 
-    def on_dispatched(self, instance: InstanceId, demand_blocks: int, now_s: float) -> int:
+    def on_dispatched(self, instance: InstanceId, demand_blocks: int, now_s: float, priority: int = 0) -> int:
         """Count a dispatch to a member and return its sequence number, from 1."""
         entry = self._entries[instance]
         entry.last_sequence += 1
-        entry.unseen.append(Dispatch(entry.last_sequence, demand_blocks))
+        level = self._params.load.bearing(priority)
+        entry.unseen.append(Dispatch(entry.last_sequence, demand_blocks, level))
         entry.unseen_blocks += demand_blocks
         self._num_unseen += 1
         if len(entry.unseen) > self._max_unseen:
@@ -242,6 +245,7 @@ class DispatchBook:
         excluded: Collection[InstanceId] = (),
         wanted: Wanted | None = None,
         prefix: Sequence[int] = (),
+        priority: int = 0,
     ) -> Choice | NoChoice:
         """Pick the instance whose score with this request is highest (`Columns.scores`); ties by fewest dispatched,
         then by fewest cached blocks (else an idle fleet would fill one cache), then by this gateway's own order.
@@ -258,12 +262,14 @@ class DispatchBook:
         if not num_candidates:
             return self._nobody(now_s)
         saved = self.prefixes.saved_blocks(prefix) if prefix else None
-        if saved is None and wanted is None and not left_out and self._params.rule is Rule.FREENESS:
+        level = self._params.load.bearing(priority)
+        is_plain = saved is None and wanted is None and level is None and not left_out
+        if is_plain and self._params.rule is Rule.FREENESS:
             highest = columns.highest(demand_blocks, now_s)
             if highest is not None:
                 row = self._least_used(np.array(highest.rows)) if len(highest.rows) > 1 else highest.rows[0]
                 return self._choice(row, f"score {highest.score:.2f} highest of {num_candidates}", now_s)
-        scores = columns.scores(demand_blocks, now_s, left_out, saved, best_only=wanted is None)
+        scores = columns.scores(demand_blocks, now_s, left_out, saved, best_only=wanted is None, level=level)
         attainment = None
         if wanted is not None:
             saved_tokens = 0.0 if saved is None else saved * self.prefixes.block_size
@@ -326,6 +332,7 @@ class DispatchBook:
                     max(0.0, now_s - entry.first_report_s),
                     len(entry.unseen),
                     entry.unseen_blocks,
+                    frozenset(sent.level for sent in entry.unseen if sent.level is not None),
                 )
                 for name, entry in sorted(self._entries.items())
                 if entry.report is not None

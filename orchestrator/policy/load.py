@@ -28,6 +28,13 @@ class LoadParams:
         level = self.level(priority)
         return next((blocks for rank, blocks in self.headroom_blocks if rank == level), 0)
 
+    def bearing(self, priority: int) -> int | None:
+        """Rank of this priority's level, if that has headroom."""
+        if not self.headroom_blocks:
+            return None
+        level = self.level(priority)
+        return level if any(rank == level and blocks > 0 for rank, blocks in self.headroom_blocks) else None
+
     def headroom_of(self, running_by_priority: tuple[tuple[int, int], ...]) -> int:
         """Blocks to keep free where these run, as (priority, how many): each level that runs counts once."""
         if not self.headroom_blocks:

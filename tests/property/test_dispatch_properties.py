@@ -184,7 +184,7 @@ def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:
                 case "report":
                     book.on_report(random_report(rng, name, epochs.get(name, 0)), now_s)
                 case "dispatch" if name in epochs:
-                    book.on_dispatched(name, rng.randint(0, 60), now_s)
+                    book.on_dispatched(name, rng.randint(0, 60), now_s, rng.randint(-2, 5))
                 case "refuse":
                     book.on_not_taken(name, Epoch(epochs.get(name, 0)), rng.randint(1, 40))
                 case "cached":
@@ -200,14 +200,14 @@ def test_it_chooses_what_the_slow_version_does_in_ten_thousand_views() -> None:
                     index.set_members(list(epochs.items()))
                 case _:
                     now_s += rng.choice([0.1, 1.0, 2.9, 3.0, 3.1, 5.1])
-            demand = rng.randint(0, 250)
+            demand, priority = rng.randint(0, 250), rng.randint(-2, 5)
             excluded = {InstanceId(other) for other in rng.sample("abcdefg", rng.choice([0, 0, 0, 1, 3]))}
             prefix = tuple(rng.sample(range(60), rng.choice([0, min(demand, 40)])))
             saved = {known: count for known in epochs if (count := index.saved_blocks(known, prefix))}
             held = {InstanceId(known): len(hashes) for known, hashes in index.hashes.items()}
             fast, slow = (
-                book.choose(demand, now_s, excluded, prefix=prefix),
-                choose_instance(book.view(now_s), demand, params, excluded, saved, held),
+                book.choose(demand, now_s, excluded, prefix=prefix, priority=priority),
+                choose_instance(book.view(now_s), demand, params, excluded, saved, held, priority=priority),
             )
             if isinstance(slow, NoChoice):
                 assert isinstance(fast, NoChoice) and fast.any_serving == slow.any_serving

@@ -17,6 +17,8 @@ def choose_instance(
     excluded: Collection[InstanceId] = (),
     saved: Mapping[InstanceId, int] = {},
     num_cached: Mapping[InstanceId, int] = {},
+    *,
+    priority: int = 0,
 ) -> Choice | NoChoice:
     """Pick the instance whose score with this request on it is highest; ties by fewest dispatched, then by fewest
     cached blocks, then by id. `saved`: how many blocks of the prompt who has cached; `num_cached`: of any."""
@@ -27,7 +29,9 @@ def choose_instance(
         return NoChoice("", any_serving=bool(fresh))
 
     def score_of(seen: InstanceView) -> float:
-        return score(seen, request_demand_blocks, params, view.num_gateways, saved.get(seen.instance, 0))
+        return score(
+            seen, request_demand_blocks, params, view.num_gateways, saved.get(seen.instance, 0), priority=priority
+        )
 
     # An instance it can never fit on is only asked when there is no other: its refusal then says so to the client.
     large_enough = [seen for seen in candidates if seen.report.total_blocks >= request_demand_blocks]
@@ -44,16 +48,26 @@ def choose_instance(
 
 
 def score(
-    seen: InstanceView, demand_blocks: int, params: DispatchParams, num_gateways: int, saved_blocks: int = 0
+    seen: InstanceView,
+    demand_blocks: int,
+    params: DispatchParams,
+    num_gateways: int,
+    saved_blocks: int = 0,
+    *,
+    priority: int = 0,
 ) -> float:
     """Freeness of the instance with this request and all dispatches of all gateways on it, in decode steps, after what
     its running requests have taken since its report; less in its first seconds. When that would be negative the request
     has to wait, and the score is minus the blocks short for everything that waits there. What it has of the prompt
-    is demand that is not there, and counts as if so many blocks of what runs there were gone, with their requests.
+    is demand that is not there, and counts as if so many blocks of what runs there were gone, with their requests. The
+    headroom of its level, and of those dispatched, counts as used, once a level.
     """
     report = seen.report
     num_unseen = seen.num_dispatched * num_gateways
     spare = report.total_blocks - virtual_usage_blocks(report, params.load) - seen.dispatched_blocks * num_gateways
+    running = {params.load.level(priority) for priority, count in report.running_by_priority if count > 0}
+    added = (seen.dispatched_levels | {params.load.level(priority)}) - running
+    spare -= sum(blocks for rank, blocks in params.load.headroom_blocks if rank in added)
     spare = spare - seen.report_age_s * growth_blocks_per_s(report) - demand_blocks + saved_blocks
     if spare < 0:
         return spare + (report.head_of_line_blocks - max(report.waiting_blocks, report.head_of_line_blocks))

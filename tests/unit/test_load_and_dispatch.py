@@ -130,6 +130,30 @@ def test_own_dispatches_count_until_a_report_has_seen_them() -> None:
     it.check_integrity()
 
 
+def test_a_level_brings_its_headroom_once_to_an_instance_and_with_the_dispatch_at_once() -> None:
+    """So the urgent ones gather where their headroom is kept already, until it is fuller by more than that."""
+    params = DispatchParams(slow_start_s=0.0, load=LoadParams(((-10, 40), (0, 0))))
+
+    def chosen_for(it: DispatchBook, priority: int) -> str:
+        choice = it.choose(10, 0.0, priority=priority)
+        assert isinstance(choice, Choice)
+        return choice.instance
+
+    it = book(report("a", free_blocks=90), report("b", free_blocks=100), params=params)
+    assert (chosen_for(it, -10), chosen_for(it, 0)) == ("b", "b")
+    it.on_dispatched(InstanceId("b"), 10, 0.0, -10)
+    it.check_integrity()
+    assert chosen_for(it, 0) == "a", "90 are more than 100 without 10 and the 40 that are kept free"
+    assert chosen_for(it, -10) == "a", "80 - 40 of 1, and 90 - 40 of 2"
+    urgent = {"num_running": 1, "running_by_priority": ((-11, 1),)}
+    it = book(report("a", free_blocks=90, num_running=1), report("b", free_blocks=100, **urgent), params=params)
+    assert (chosen_for(it, 0), chosen_for(it, -10)) == ("a", "b")
+    it = book(report("a", free_blocks=90, num_running=1), report("b", free_blocks=80, **urgent), params=params)
+    assert chosen_for(it, -12) == "a", "90 - 40 are more than 80 - 40: it is fuller"
+    it = book(report("a", free_blocks=70, num_running=1), report("b", free_blocks=80, **urgent), params=params)
+    assert chosen_for(it, -12) == "b"
+
+
 def test_a_refused_dispatch_is_no_load_any_more() -> None:
     it = book(report("a"), report("b"))
     sequence = it.on_dispatched(InstanceId("a"), 10, 0.0)
