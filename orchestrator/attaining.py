@@ -49,11 +49,11 @@ class Attaining:
 
     def _speeds(self, views: tuple[InstanceView, ...]) -> Speeds:
         """Of those that are known. One that has made no step is taken to be like those that are known well."""
-        learned = {view.instance: self._times.coefficients(view.instance, Epoch(view.load.epoch)) for view in views}
-        known = {name: per for name, per in learned.items() if per is not None}
-        if len(known) == len(learned) or (prior := self._times.prior()) is None:
-            return known
-        return {name: known.get(name, prior) for name in learned}
+        known = self._times.known()
+        keys = [(view.instance, Epoch(view.load.epoch)) for view in views]
+        if all(key in known for key in keys) or (prior := self._times.prior()) is None:
+            return {key[0]: known[key] for key in keys if key in known}
+        return {key[0]: known.get(key, prior) for key in keys}
 
     def check_integrity(self, instances: Iterable[InstanceRecord]) -> None:
         """Raise AssertionError when it knows others than these."""

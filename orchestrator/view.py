@@ -72,7 +72,8 @@ class _Look:
         params: CoreParams,
         now_s: float,
     ) -> None:
-        self._records, self._params, self._now_s = records, params, now_s
+        self._records, self._now_s = records, now_s
+        self._slots_out, self._slots_in = params.max_migrations_out, params.max_migrations_in
         self._moving: set[str] = {move.request_id for move in in_flight}
         self._leaving: defaultdict[InstanceId, list[MigrationRecord]] = defaultdict(list)
         self._joining: defaultdict[InstanceId, list[MigrationRecord]] = defaultdict(list)
@@ -96,23 +97,26 @@ class _Look:
 
     def at(self, name: InstanceId) -> InstanceView:
         record = self._records[name]
-        load, requests, params = record.load, record.requests, self._params
+        arriving: tuple[RequestLoad, ...]
+        load, requests, arriving = record.load, record.requests, ()
+        slots_out, slots_in = self._slots_out, self._slots_in
         assert load is not None, "nobody looks at one that has said nothing"
         leaving, joining = self._leaving.get(name, ()), self._joining.get(name, ())
         if leaving or joining:  # nobody else can have said that one of those is there
             requests = tuple(item for item in requests if item.request_id not in self._moving)
-            load = after_moves(load, requests, leaving, joining, self._on_the_way)
+            load, arriving = after_moves(load, requests, leaving, joining, self._on_the_way), self._arriving(joining)
+            slots_out, slots_in = slots_out - len(leaving), slots_in - len(joining)
         return InstanceView(
             instance=name,
             load=load,
             requests=requests,
             draining=record.state is not _SERVING or load.state != _SERVING_WORD,
-            slots_out=max(0, params.max_migrations_out - len(leaving)),
-            slots_in=max(0, params.max_migrations_in - len(joining)),
+            slots_out=slots_out if slots_out > 0 else 0,
+            slots_in=slots_in if slots_in > 0 else 0,
             signal_age_s=self._now_s - min(record.load_at_s, record.requests_at_s or record.load_at_s),
             copy_s_per_block=record.copy_s_per_block or self._usual_copy_s(),
             tightest=record.tightest,
-            arriving=self._arriving(joining) if joining else (),
+            arriving=arriving,
         )
 
     def _arriving(self, joining: Sequence[MigrationRecord]) -> tuple[RequestLoad, ...]:

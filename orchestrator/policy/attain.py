@@ -115,8 +115,8 @@ class _Side:
         """Of the TPOT targets that are predicted to be met, of those that are there or on their way."""
         if self._strictest_s is None:
             there, now_s = (*self.requests(), *self.view.arriving, *self.came), self.standing.tpot_s()
-            met = (wanted_s for one in there if one.tpot_s is not None and (wanted_s := tpot_wanted_s(one)) >= now_s)
-            self._strictest_s = min(met, default=math.inf)
+            wanted = [wanted_s for one in there if (wanted_s := one.tpot_s) is not None]
+            self._strictest_s = min((one_s for one_s in wanted if one_s >= now_s and one_s > 0.0), default=math.inf)
         return self._strictest_s
 
     def missing(self, margin: float) -> list[Wanting]:
@@ -245,7 +245,8 @@ class _Plan:
         """Plan one more move from there. False: none pays."""
         not_there = {source.view.instance}
         not_there |= {pair[1] for pair in self._resting.pairs if pair[0] == source.view.instance}
-        missing = source.missing(self._params.attain_margin)
+        if not (missing := source.missing(self._params.attain_margin)):
+            return False
         missing.sort(key=self._is_hopeless)
         return any(
             self._move_it(row, source, one, not_there) or self._move_a_neighbour(row, source, one, not_there)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import chain
 from operator import attrgetter
 
 import numpy as np
@@ -145,5 +146,5 @@ class Places:
 
 def _table(fields: tuple[str, ...], of: Sequence[object]) -> Floats:
     """(fields, `of`): a row for each field, a column for each of these."""
-    row_of = attrgetter(*fields)
-    return np.array([row_of(one) for one in of], dtype=np.float64).reshape(len(of), len(fields)).T
+    told = chain.from_iterable(map(attrgetter(*fields), of))
+    return np.fromiter(told, np.float64, len(of) * len(fields)).reshape(len(of), len(fields)).T

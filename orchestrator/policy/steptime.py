@@ -260,6 +260,14 @@ class StepTimes:
         learned = self._learned.get((instance, epoch))
         return None if learned is None else learned.model.coefficients
 
+    def known(self) -> dict[tuple[InstanceId, Epoch], Floats]:
+        """Coefficients of all of whom there are any."""
+        return {
+            key: coefficients
+            for key, learned in self._learned.items()
+            if (coefficients := learned.model.coefficients) is not None
+        }
+
     def check_integrity(self, members: Collection[tuple[InstanceId, Epoch]]) -> None:
         """Raise AssertionError when it has learned of others than these."""
         assert self._learned.keys() <= set(members), "models of instances that are gone"

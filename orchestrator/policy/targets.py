@@ -60,9 +60,9 @@ def tightest_of(requests: Iterable[RequestLoad]) -> Tightest:
         # Asked of each request four times a second: most have given tokens, and so wait for no first one.
         if request.tpot_s is not None and 0.0 < request.tpot_s < tpot_s:
             tpot_s = request.tpot_s
-        awaits_it = request.ttft_s is not None and request.num_output_tokens == 0
-        if awaits_it and 0.0 < (its_s := ttft_left_s(request)) < left_s:
-            left_s = its_s
+        if request.ttft_s is not None and request.num_output_tokens == 0:
+            its_s = ttft_left_s(request)
+            left_s = its_s if 0.0 < its_s < left_s else left_s
     return Tightest(tpot_s, left_s) if min(tpot_s, left_s) < math.inf else NOTHING_WANTED
 
 

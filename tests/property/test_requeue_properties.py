@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from instance.messages import RequestLoad
 from migration.types import InstanceId, RequestId
 from orchestrator.counting import after_moves
-from orchestrator.events import MigrationNumber
 from orchestrator.policy.load import LoadParams
 from orchestrator.policy.moves import InstanceView, Move, after_joining, blocks_wanted
 from orchestrator.policy.rebalance import RebalanceParams, Resting
 from orchestrator.policy.requeue import plan_requeue
-from orchestrator.state import MigrationRecord
 from tests.support import slow_requeue
-from tests.support.attain_world import TOTAL_BLOCKS, World, view_of, waiting
+from tests.support.attain_world import TOTAL_BLOCKS, World, record_of, view_of, waiting
 from tests.support.reports import BLOCK_SIZE, request_load
 
 PARAMS = st.builds(
@@ -171,10 +169,3 @@ def test_the_views_of_its_moves_in_flight_are_those_of_the_reports_after_them(
 
 
 ENDS = ("source", "destination")
-
-
-def record_of(move: Move) -> MigrationRecord:
-    nobody: Any = None
-    return MigrationRecord(
-        MigrationNumber(1), move.request_id, nobody, nobody, "live", "", move.priority, move.num_blocks, 0.0
-    )

@@ -8,10 +8,13 @@ import msgspec
 from hypothesis import strategies as st
 
 from instance.messages import RequestLoad
-from migration.types import InstanceId
+from migration.types import Epoch, Incarnation, InstanceId
+from orchestrator import view
+from orchestrator.events import MigrationNumber
 from orchestrator.policy.moves import InstanceView, Move
 from orchestrator.policy.standing import Speed
 from orchestrator.policy.targets import tightest_of
+from orchestrator.state import MigrationRecord
 from tests.support.reports import BLOCK_SIZE, load_report, request_load
 
 FAST: Speed = (0.010, 1e-5, 0.0, 5e-4, 1e-6, 0.0)
@@ -72,6 +75,12 @@ def carry_out(world: World, move: Move) -> None:
     (request,) = [one for one in world[move.source] if one.request_id == move.request_id]
     world[move.source].remove(request)
     world[move.destination].append(request)
+
+
+def record_of(move: Move) -> MigrationRecord:
+    """It has begun."""
+    source, destination = (Incarnation(name, Epoch(1), f"tcp://{name}") for name in (move.source, move.destination))
+    return view.begun(MigrationNumber(1), move, source, destination, 100.0)
 
 
 @st.composite

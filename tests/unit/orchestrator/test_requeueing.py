@@ -10,15 +10,18 @@ import pytest
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import InstanceId, Outcome
+from orchestrator.counting import after_moves
 from orchestrator.effects import Effect
 from orchestrator.events import Event, MigrationEnded, MigrationFigures, MigrationNumber, ReportReceived, Ticked
 from orchestrator.events import RequestsReceived as Listed
+from orchestrator.policy.attain import _Side
 from orchestrator.policy.load import LoadParams
-from orchestrator.policy.moves import InstanceView
+from orchestrator.policy.moves import InstanceView, after_joining
 from orchestrator.policy.rebalance import RebalanceParams, Resting
 from orchestrator.policy.requeue import plan_requeue
+from orchestrator.policy.standing import standing_of
 from orchestrator.state import CoreParams
-from tests.support.attain_world import view_of, waiting
+from tests.support.attain_world import record_of, view_of, waiting
 from tests.support.reports import load_report, request_load, request_report
 from tests.support.written_journal import read, write_story
 from tests.unit.orchestrator.test_core import A, B, C, Play, started, starts
@@ -145,6 +148,45 @@ def test_it_goes_where_most_is_left_with_it_and_not_where_somebody_waits_or_that
     assert plan_requeue(views, Resting(), RebalanceParams(margin_steps=700.0)) == ()
     pair = Resting(pairs=frozenset({(A, InstanceId("crowded"))}))
     assert plan_requeue(views, pair, RebalanceParams()) == ()
+
+
+def test_at_the_bounds_a_head_that_just_fits_stays_and_the_margin_may_be_used_up() -> None:
+    for free, expected in ((99, 1), (100, 0)):
+        here = view_of(A, [request_load("full", 1000 - free), SECOND])
+        for levels in (LoadParams(), LoadParams(((-10, 400), (0, 0)))):
+            params = RebalanceParams(load=levels)
+            assert len(plan_requeue((here, view_of(B, [])), Resting(), params)) == expected
+    blocked = view_of(A, [request_load("full", 950), SECOND])
+    for margin_steps, expected in ((7200.0, 1), (7200.5, 0)):  # half of the 900 blocks that are left, in tokens
+        there = view_of(B, [request_load("one", 0)])
+        params = RebalanceParams(margin_steps=margin_steps)
+        assert len(plan_requeue((blocked, there), Resting(), params)) == expected
+
+
+def test_one_that_two_instances_list_after_a_hand_over_moves_once() -> None:
+    full = [request_load("full", 950), SECOND]
+    views = view_of(A, full), view_of(C, full), view_of(B, [])
+    assert [move.source for move in plan_requeue(views, Resting(), RebalanceParams())] == [A]
+
+
+def test_one_that_was_stopped_before_it_began_takes_nothing_more_from_its_source() -> None:
+    stopped = msgspec.structs.replace(HEAD, status="migrating_out")
+    load = load_of(A, 1, (*RUNNING, SECOND))
+    (move,) = plan_requeue((view_of(A, [*RUNNING, HEAD]), view_of(B, [])), Resting(), RebalanceParams())
+    record = record_of(move)
+    assert after_moves(load, (*RUNNING, SECOND), [record], [], {"head": stopped}) == load
+    queued = load_of(A, 1, (*RUNNING, HEAD, SECOND))
+    assert after_moves(queued, (*RUNNING, SECOND), [record], [], {"head": HEAD}) == load, "the control"
+    assert after_moves(load_of(B, 1, ()), (), [], [record], {"head": stopped}).free_blocks == 1000 - 450
+
+
+def test_targets_see_one_on_its_way_as_waiting_and_count_its_prompt_once() -> None:
+    joined = after_joining(load_of(B, 1, RUNNING), 0, 450)
+    view = InstanceView(B, joined, RUNNING, False, 2, 2, 0.1, arriving=(HEAD,))
+    speed = (0.01, 1e-5, 0.0, 5e-4, 1e-6, 0.0)
+    assert _Side(view, speed).standing == standing_of(load_of(B, 1, RUNNING), speed).with_waiting(
+        HEAD.num_prompt_tokens
+    )
 
 
 def test_what_holds_blocks_still_moves_only_if_it_outlives_their_copy() -> None:
