@@ -1,6 +1,6 @@
 """Does moving running requests help those who wait? Real engines, the same requests for each arm, arms in turns.
 
-    python -m bench.policy_live [--quick] [--json FILE] [--rounds N] [--load SHARE]
+    python -m bench.policy_live [--quick] [--json FILE] [--rounds N] [--load SHARE] [--only PART]
 
 Two CPU instances of the small model behind one gateway, with few KV blocks, so that memory is what runs out. First it
 is found what they finish a second when they are full; the load is a share of that, so that it means the same on each
@@ -55,6 +55,8 @@ OVERLOAD = 1.2
 SCALE_IN_LOAD = 0.3
 """One instance must be able to hold it."""
 MAX_SCALE_INS = 3
+ARMS_PART, OVERLOAD_PART, SCALE_IN_PART, EFFECT_PART = "arms", "overload", "scale-in", "priority-effect"
+PARTS = (ARMS_PART, OVERLOAD_PART, SCALE_IN_PART, EFFECT_PART)
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Shape:
     num_rounds: int
     duration_s: float
     load: float
+    parts: tuple[str, ...] = PARTS
 
     def workload(self, capacity_per_s: float, load: float) -> Workload:
         return Workload(capacity_per_s * load, self.duration_s)
@@ -87,14 +90,9 @@ async def measure(ray: RayCluster, shape: Shape, console: Console, found: Found)
         await warm_up(cluster.base_url, cluster.model, "warm", console)
         found.capacity_per_s = await capacity(cluster, Workload(1.0, shape.duration_s))
         console.print(f"full, it finishes {found.capacity_per_s:.2f} requests a second", highlight=False)
-        await _play_arms(cluster, shape, console, found)
-        await _play_overload(cluster, shape, console, found)
-        gentle = shape.workload(found.capacity_per_s, SCALE_IN_LOAD)
-        for number in range(min(shape.num_rounds, MAX_SCALE_INS)):
-            await play_scaled_in(cluster, gentle, number + 201, found.scaled)
-            owned, gone_s = found.scaled.owned[-1], found.scaled.gone_after_s[-1]
-            told = f"{len(found.scaled.ttft_s)} answers, {len(found.scaled.errors)} errors so far"
-            console.print(f"an instance that ran {owned} was gone after {gone_s:.1f} s, {told}", highlight=False)
+        for part, play_it in ((ARMS_PART, _play_arms), (OVERLOAD_PART, _play_overload), (SCALE_IN_PART, _scale_in)):
+            if part in shape.parts:
+                await play_it(cluster, shape, console, found)
 
 
 async def _play_arms(cluster: Cluster, shape: Shape, console: Console, found: Found) -> None:
@@ -125,8 +123,22 @@ async def _play_overload(cluster: Cluster, shape: Shape, console: Console, found
             console.print(f"overload, round {number + 1} of {shape.num_rounds}, {told}", highlight=False)
 
 
+async def _scale_in(cluster: Cluster, shape: Shape, console: Console, found: Found) -> None:
+    gentle = shape.workload(found.capacity_per_s, SCALE_IN_LOAD)
+    for number in range(min(shape.num_rounds, MAX_SCALE_INS)):
+        await play_scaled_in(cluster, gentle, number + 201, found.scaled)
+        owned, gone_s = found.scaled.owned[-1], found.scaled.gone_after_s[-1]
+        told = f"{len(found.scaled.ttft_s)} answers, {len(found.scaled.errors)} errors so far"
+        console.print(f"an instance that ran {owned} was gone after {gone_s:.1f} s, {told}", highlight=False)
+
+
 def ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator > 0 else None
+
+
+def preemptions(measured: Measured) -> int | None:
+    """None: it was not played."""
+    return measured.num_preemptions if measured.p99_ttft_s else None
 
 
 def row_of(measured: Measured) -> dict[str, Value]:
@@ -162,16 +174,16 @@ def result_of(found: Found, shape: Shape) -> Result:
             "p99_ttft_gain_rebalance": ratio(percentile(off.ttft_s, 99), percentile(on.ttft_s, 99)),
             "p99_ttft_gain_rebalance_skewed": ratio(percentile(robin.ttft_s, 99), percentile(evened.ttft_s, 99)),
             "p99_ttft_gain_over_round_robin": ratio(percentile(robin.ttft_s, 99), percentile(on.ttft_s, 99)),
-            "preemptions_on": on.num_preemptions,
-            "preemptions_off": off.num_preemptions,
-            "preemptions_skewed_on": evened.num_preemptions,
-            "preemptions_skewed_off": robin.num_preemptions,
+            "preemptions_on": preemptions(on),
+            "preemptions_off": preemptions(off),
+            "preemptions_skewed_on": preemptions(evened),
+            "preemptions_skewed_off": preemptions(robin),
             "high_ttft_gain": ratio(mean(untold.urgent.ttft_s), mean(told.urgent.ttft_s)),
             "high_tpot_gain": ratio(mean(untold.urgent.tpot_s), mean(told.urgent.tpot_s)),
             "normal_p99_ttft_cost": after_s / before_s - 1 if before_s > 0 else None,
             "normal_p99_latency_cost": after_all_s / before_all_s - 1 if before_all_s > 0 else None,
             "priority_effect_s": max((one.neighbour_left_s for one in found.effect), default=None),
-            "scale_in_errors": len(found.scaled.errors),
+            "scale_in_errors": len(found.scaled.errors) if found.scaled.owned else None,
         },
         arms=arms,
         n={
@@ -218,23 +230,27 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} round of {QUICK_DURATION_S:.0f} s an arm")
     parser.add_argument("--rounds", type=int, help=f"rounds (default {ROUNDS})")
     parser.add_argument("--load", type=float, default=LOAD, help=f"share of what the fleet holds (default {LOAD:g})")
+    parser.add_argument("--only", choices=PARTS, help="this part of it alone")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     num_rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if num_rounds < 1 or options.load <= 0:
         parser.error("--rounds and --load must be positive")
-    shape = Shape(num_rounds, QUICK_DURATION_S if options.quick else DURATION_S, options.load)
+    parts = (options.only,) if options.only else PARTS
+    shape = Shape(num_rounds, QUICK_DURATION_S if options.quick else DURATION_S, options.load, parts)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     found = Found()
     ray: RayCluster | None = None
     try:
-        checks.parse_engine_argv((config().model, *config().engine_argv))
-        ray = RayCluster.start_local(NUM_INSTANCES)
-        asyncio.run(measure(ray, shape, console, found))
-        ray.shutdown()
-        ray = None
-        tell(result_of(found, shape), options.json, console)  # what is known, should the rest fail
-        found.effect, _ = priority_effect.run(options.quick, console)
+        if parts != (EFFECT_PART,):
+            checks.parse_engine_argv((config().model, *config().engine_argv))
+            ray = RayCluster.start_local(NUM_INSTANCES)
+            asyncio.run(measure(ray, shape, console, found))
+            ray.shutdown()
+            ray = None
+            tell(result_of(found, shape), options.json, console)  # what is known, should the rest fail
+        if EFFECT_PART in parts:
+            found.effect, _ = priority_effect.run(options.quick, console)
     except (OrchestratorError, TimeoutError) as error:
         sys.stderr.write(f"bench.policy_live: {error or 'it took too long'}\n")
         return 1

@@ -30,8 +30,8 @@ NUM_BLOCKS = 65
 """Of an instance, one of them vLLM's own: 2,048 tokens, so that two of the longest answers fill it. With 3,040 the
 processor was full before memory was."""
 MAX_MODEL_LEN = 1_664
-HEADROOM_BLOCKS = 32
-"""Kept free beside urgent requests: half of an instance. Only requests that are told to be urgent bring it."""
+HEADROOM_BLOCKS = 48
+"""Kept free beside urgent requests: three quarters of an instance. Only those that are told to be urgent bring it."""
 LEVELS = f"high:-10:{HEADROOM_BLOCKS},normal:0,low:10"
 MAX_IN_FLIGHT = 512
 FULL_IN_FLIGHT = 48

@@ -326,9 +326,8 @@ class Router:
     def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
         request = flight.request
         demand = demand_blocks(request.num_prompt_tokens, self._book.block_size)
-        found = self._book.choose(
-            demand, now_s, flight.refused_by, flight.wanted(now_s), request.prefix, request.priority
-        )
+        refused_by, wanted = flight.refused_by, flight.wanted(now_s)
+        found = self._book.choose(demand, now_s, refused_by, wanted, request.prefix, request.priority)
         verdict = admit(request.asks, found, now_s - flight.arrived_s)
         if not isinstance(verdict, Admit):
             return self._not_sent(flight, verdict)
