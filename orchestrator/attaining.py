@@ -1,5 +1,4 @@
-"""Which moves do targets ask for, and after which others? What is learned of each instance's steps, and the plan that
-rests on it. Pure.
+"""Which moves do targets ask for? What is learned of each instance's steps, and the plan that rests on it. Pure.
 
 The models are those of the gateways (`policy/steptime.py`), learned from the same reports. They are part of the core's
 state: a journal holds them as they are, so that a replay decides the same.
@@ -7,20 +6,17 @@ state: a journal holds them as they are, so that a replay decides the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from instance.messages import LoadReport
 from migration.types import Epoch
 from orchestrator.policy.attain import plan_attain
 from orchestrator.policy.moves import InstanceView, Move
-from orchestrator.policy.rebalance import RebalanceParams, Resting, plan_rebalance
-from orchestrator.policy.requeue import plan_requeue
+from orchestrator.policy.rebalance import RebalanceParams, Resting
 from orchestrator.policy.standing import Speeds
 from orchestrator.policy.steptime import StepTimes
 from orchestrator.policy.targets import is_any_wanted
 from orchestrator.state import InstanceRecord
-
-Plan = Callable[[tuple[InstanceView, ...], Resting, RebalanceParams], tuple[Move, ...]]
 
 
 class Attaining:
@@ -36,11 +32,6 @@ class Attaining:
     def on_report(self, report: LoadReport) -> None:
         """Of a living incarnation, no older than the last."""
         self._times.on_report(report)
-
-    def plans(self) -> tuple[Plan, ...]:
-        """Of a tick, in this order, each with what those before it have begun counted as made: what costs nothing comes
-        first, and targets have what the needs of memory leave."""
-        return (plan_requeue, plan_rebalance, self.moves)
 
     def moves(self, views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
         if not is_any_wanted(view.tightest for view in views):

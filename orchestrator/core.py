@@ -60,7 +60,8 @@ from orchestrator.events import (
 )
 from orchestrator.policy.drain import plan_drain
 from orchestrator.policy.moves import InstanceView, Move
-from orchestrator.policy.rebalance import Resting
+from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.policy.requeue import plan_requeue
 from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
 from orchestrator.retiring import Drains
@@ -329,15 +330,14 @@ class Orchestrator:
 
     # ------------------------------------------------------------------ moves
     def _on_tick(self, now_s: float) -> list[Effect]:
-        for place in (self._request_rests, self._drain_rests):
+        for place in (self._request_rests, self._drain_rests, self._pair_rests):
             place.forget_rested(now_s)
-        self._pair_rests.forget_rested(now_s)
         views = self._views(now_s)
         moves = plan_drain(views, self._drain_rests.names(), self._params.drain)
         effects = self._start_all(moves, now_s)
         if self._params.is_rebalancing:
             resting, params = Resting(self._request_rests.names(), self._pair_rests.names()), self._params.rebalance
-            for plan in self._attaining.plans():
+            for plan in (plan_requeue, plan_rebalance, self._attaining.moves):  # what copies nothing comes first
                 views = self._views(now_s, (views, moves))  # what was begun counts as made
                 moves = plan(views, resting, params)
                 effects += self._start_all(moves, now_s)

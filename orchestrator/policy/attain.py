@@ -22,6 +22,7 @@ from orchestrator.policy.moves import (
     blocks_wanted,
     freeness_steps,
     is_queued,
+    move_of,
     outlives_its_copy,
     queue_order,
 )
@@ -323,10 +324,9 @@ class _Plan:
 
     def _book(self, row: int, at: int, request: RequestLoad, reason: str) -> None:
         source, there = self._side(row), self._side(at)
-        age_s = max(source.view.signal_age_s, there.view.signal_age_s)
-        names = (RequestId(request.request_id), source.view.instance, there.view.instance)
-        self.moves.append(Move(*names, request.priority, request.num_blocks, reason, age_s))
-        self._taken.add(names[0])
+        move = move_of(request, source.view, there.view, reason)
+        self.moves.append(move)
+        self._taken.add(move.request_id)
         source.send(request)
         there.receive(request)
         self._changed(row)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from instance.messages import LoadReport, RequestLoad
 from migration.types import RequestId
 from orchestrator.policy.load import LoadParams
-from orchestrator.policy.moves import InstanceView, Move, after_joining, freeness_steps
+from orchestrator.policy.moves import InstanceView, Move, after_joining, freeness_steps, move_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,5 @@ def _book(source: InstanceView, destination: _Destination, request: RequestLoad,
     before = freeness_steps(destination.load, params)
     destination.load = after_joining(destination.load, request.priority, request.num_blocks)
     destination.slots_in -= 1
-    return Move(
-        request_id=RequestId(request.request_id),
-        source=source.instance,
-        destination=destination.view.instance,
-        priority=request.priority,
-        num_blocks=request.num_blocks,
-        reason=f"drain: the destination is the freest with room, {before:.0f} decode steps left",
-        signal_age_s=max(source.signal_age_s, destination.view.signal_age_s),
-    )
+    reason = f"drain: the destination is the freest with room, {before:.0f} decode steps left"
+    return move_of(request, source, destination.view, reason)

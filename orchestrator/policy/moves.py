@@ -51,6 +51,18 @@ class Move:
     """Age of the older of the two reports it rests on."""
 
 
+def move_of(request: RequestLoad, source: InstanceView, destination: InstanceView, reason: str) -> Move:
+    return Move(
+        request_id=RequestId(request.request_id),
+        source=source.instance,
+        destination=destination.instance,
+        priority=request.priority,
+        num_blocks=request.num_blocks,
+        reason=reason,
+        signal_age_s=max(source.signal_age_s, destination.signal_age_s),
+    )
+
+
 YOUNG_TOKENS = 64
 """A request is expected to give at least so many tokens more, as far as it may."""
 COPY_TIME_WEIGHT = 0.2

@@ -26,6 +26,7 @@ from orchestrator.policy.moves import (
     after_joining,
     after_leaving,
     freeness_steps,
+    move_of,
     outliving_their_copies,
     spare_blocks,
     steps_left,
@@ -319,15 +320,8 @@ def _cause(source: _Side, params: RebalanceParams) -> str:
 
 
 def _move(source: _Side, destination: _Side, request: RequestLoad, gain: _Gain, cause: str) -> Move:
-    return Move(
-        request_id=RequestId(request.request_id),
-        source=source.view.instance,
-        destination=destination.view.instance,
-        priority=request.priority,
-        num_blocks=request.num_blocks,
-        reason=(
-            f"{cause}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
-            f"destination {gain.destination_before:.0f} -> {gain.destination_after:.0f} decode steps left"
-        ),
-        signal_age_s=max(source.view.signal_age_s, destination.view.signal_age_s),
+    reason = (
+        f"{cause}: source {gain.source_before:.0f} -> {gain.source_after:.0f}, "
+        f"destination {gain.destination_before:.0f} -> {gain.destination_after:.0f} decode steps left"
     )
+    return move_of(request, source.view, destination.view, reason)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from instance.headroom import kept_from
 from instance.messages import LoadReport, RequestLoad
-from migration.types import InstanceId, RequestId
+from migration.types import InstanceId
 from orchestrator.policy.moves import (
     InstanceView,
     Move,
@@ -22,6 +22,7 @@ from orchestrator.policy.moves import (
     after_leaving_queue,
     blocks_wanted,
     is_queued,
+    move_of,
     outlives_its_copy,
     queue_order,
     steps_left,
@@ -218,15 +219,7 @@ class _Plan:
                 bisect.insort(filed, renewed)
         source.send(request)
         self._taken.add(request.request_id)
-        return Move(
-            request_id=RequestId(request.request_id),
-            source=source.view.instance,
-            destination=there.view.instance,
-            priority=request.priority,
-            num_blocks=request.num_blocks,
-            reason=reason,
-            signal_age_s=max(source.view.signal_age_s, there.view.signal_age_s),
-        )
+        return move_of(request, source.view, there.view, reason)
 
 
 def _as_source(source: _Source) -> tuple[int, InstanceId, _Source]:

@@ -30,6 +30,13 @@ def all_of_it(pair: EnginePair) -> int:
     return pair.first.facts.total_blocks
 
 
+def urgent_one(pair: EnginePair, num_tokens: int, key: int) -> RequestId:
+    """It runs, and has given two tokens of so many."""
+    urgent = pair.add(pair.first, Shape(40, num_tokens, prompt_key=key, priority=URGENT))
+    pair.decode_until(pair.first, urgent, 2)
+    return urgent
+
+
 def status(pair: EnginePair, request: RequestId) -> RequestStatus:
     return {view.request_id: view.status for view in pair.first.requests()}[request]
 
@@ -63,8 +70,7 @@ class HeadroomContract:
 
     def test_who_is_as_urgent_or_more_is_not_held_back(self, pair: EnginePair) -> None:
         with headroom(pair, all_of_it(pair)):
-            first = pair.add(pair.first, Shape(40, 60, prompt_key=305, priority=URGENT))
-            pair.decode_until(pair.first, first, 2)
+            first = urgent_one(pair, 60, 305)
             others = [
                 pair.add(pair.first, Shape(30, 5, prompt_key=306 + more, priority=URGENT - more)) for more in range(2)
             ]
@@ -83,8 +89,7 @@ class HeadroomContract:
 
     def test_headroom_that_is_lifted_holds_nobody_back_any_more(self, pair: EnginePair) -> None:
         with headroom(pair, all_of_it(pair)):
-            urgent = pair.add(pair.first, Shape(40, 60, prompt_key=310, priority=URGENT))
-            pair.decode_until(pair.first, urgent, 2)
+            urgent = urgent_one(pair, 60, 310)
             held = pair.add(pair.first, Shape(40, 5, prompt_key=311))
             pair.decode_until(pair.first, urgent, 8)
             assert status(pair, held) is RequestStatus.WAITING
@@ -95,8 +100,7 @@ class HeadroomContract:
 
     def test_who_is_raised_to_the_urgent_ones_is_begun(self, pair: EnginePair) -> None:
         with headroom(pair, all_of_it(pair)):
-            urgent = pair.add(pair.first, Shape(40, 60, prompt_key=312, priority=URGENT))
-            pair.decode_until(pair.first, urgent, 2)
+            urgent = urgent_one(pair, 60, 312)
             held = pair.add(pair.first, Shape(40, 5, prompt_key=313))
             pair.decode_until(pair.first, urgent, 8)
             assert pair.first.set_priority(held, URGENT).status is RequestStatus.WAITING
@@ -108,8 +112,7 @@ class HeadroomContract:
         shape = Shape(40, 30, prompt_key=314)
         expected = pair.run_alone(pair.second, shape)
         with headroom(pair, all_of_it(pair)):
-            urgent = pair.add(pair.first, Shape(40, 90, prompt_key=315, priority=URGENT))
-            pair.decode_until(pair.first, urgent, 2)
+            urgent = urgent_one(pair, 90, 315)
             moved = pair.add(pair.second, shape)
             pair.decode_until(pair.second, moved, 4)
             pair.ferry(moved, pair.second, pair.first)

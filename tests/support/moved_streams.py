@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -21,13 +21,7 @@ def client(serving: Serving) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=serving.base_url, api_key="none", max_retries=0, timeout=120)
 
 
-async def texts_of(
-    serving: Serving,
-    request_id: str,
-    num_tokens: int,
-    sampling: Sampling = GREEDY,
-    headers: Mapping[str, str] | None = None,
-) -> tuple[str, ...]:
+async def texts_of(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling = GREEDY) -> tuple[str, ...]:
     """The text of each choice of one streamed completion, in order of their index, with `finish_reason` at its end.
 
     Of a chat where `sampling` holds its `messages`.
@@ -38,7 +32,7 @@ async def texts_of(
         "max_tokens": num_tokens,
         "stream": True,
         "extra_body": {"ignore_eos": True, **{name: value for name, value in sampling.items() if name != "messages"}},
-        "extra_headers": {"x-request-id": request_id, **(headers or {})},
+        "extra_headers": {"x-request-id": request_id},
     }
     texts: dict[int, list[str]] = defaultdict(list)
     async with client(serving) as api:
@@ -54,14 +48,8 @@ async def texts_of(
     return tuple("".join(texts[index]) for index in sorted(texts))
 
 
-async def text_of(
-    serving: Serving,
-    request_id: str,
-    num_tokens: int,
-    sampling: Sampling = GREEDY,
-    headers: Mapping[str, str] | None = None,
-) -> str:
-    (text,) = await texts_of(serving, request_id, num_tokens, sampling, headers)
+async def text_of(serving: Serving, request_id: str, num_tokens: int, sampling: Sampling = GREEDY) -> str:
+    (text,) = await texts_of(serving, request_id, num_tokens, sampling)
     return text
 
 
