@@ -1,6 +1,6 @@
 """Does moving running requests help those who wait? Real engines, the same requests for each arm, arms in turns.
 
-    python -m bench.policy_live [--quick] [--json FILE] [--rounds N] [--load SHARE] [--only PART]
+    python -m bench.policy_live [--quick] [--json FILE] [--rounds N] [--load SHARE] [--only PART] [--dispatch RULE]
 
 Two CPU instances of the small model behind one gateway, with few KV blocks, so that memory is what runs out. First it
 is found what they finish a second when they are full; the load is a share of that, so that it means the same on each
@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +32,7 @@ from bench.policy_live_runs import (
     ARMS,
     NUM_INSTANCES,
     URGENCIES,
+    Arm,
     Measured,
     Urgent,
     capacity,
@@ -44,6 +48,7 @@ from bench.report import Result, Value, spread_of, this_machine, write_result
 from orchestrator.demo.cluster import Cluster, running_cluster
 from orchestrator.demo.warmup import warm_up
 from orchestrator.errors import OrchestratorError
+from orchestrator.policy.dispatch import Rule
 from orchestrator.runtime import checks
 from orchestrator.runtime.ray_cluster import RayCluster
 
@@ -80,6 +85,7 @@ class Shape:
     duration_s: float
     load: float
     parts: tuple[str, ...] = PARTS
+    arms: tuple[Arm, ...] = ARMS
 
     def workload(self, capacity_per_s: float, load: float) -> Workload:
         return Workload(capacity_per_s * load, self.duration_s)
@@ -98,8 +104,8 @@ async def measure(ray: RayCluster, shape: Shape, console: Console, found: Found)
 async def _play_arms(cluster: Cluster, shape: Shape, console: Console, found: Found) -> None:
     workload = shape.workload(found.capacity_per_s, shape.load)
     for number in range(shape.num_rounds):
-        for turn in range(len(ARMS)):
-            arm = ARMS[(number + turn) % len(ARMS)]
+        for turn in range(len(shape.arms)):
+            arm = shape.arms[(number + turn) % len(shape.arms)]
             measured = found.arms[arm.name]
             await play(cluster, arm, workload, seed=number + 1, measured=measured)
             told = (
@@ -133,7 +139,18 @@ async def _scale_in(cluster: Cluster, shape: Shape, console: Console, found: Fou
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator > 0 else None
+    return numerator / denominator if denominator > 0 and math.isfinite(numerator) else None
+
+
+def gains_by_round(off: Measured, on: Measured) -> list[float]:
+    """P99 of TTFT without over that with, of each round's one plan. Over all rounds together it is that of the worst
+    burst of the worst round; these say how far one round agrees with another."""
+    pairs = zip(off.p99_ttft_s, on.p99_ttft_s, strict=True) if off.p99_ttft_s and on.p99_ttft_s else ()
+    return [before_s / after_s for before_s, after_s in pairs if before_s > 0 and after_s > 0]
+
+
+def geometric_mean(ratios: Sequence[float]) -> float | None:
+    return statistics.geometric_mean(ratios) if ratios else None
 
 
 def preemptions(measured: Measured) -> int | None:
@@ -174,6 +191,10 @@ def result_of(found: Found, shape: Shape) -> Result:
             "p99_ttft_gain_rebalance": ratio(percentile(off.ttft_s, 99), percentile(on.ttft_s, 99)),
             "p99_ttft_gain_rebalance_skewed": ratio(percentile(robin.ttft_s, 99), percentile(evened.ttft_s, 99)),
             "p99_ttft_gain_over_round_robin": ratio(percentile(robin.ttft_s, 99), percentile(on.ttft_s, 99)),
+            "p99_ttft_gain_rebalance_by_round": geometric_mean(gains_by_round(off, on)),
+            "p99_ttft_gain_rebalance_skewed_by_round": geometric_mean(gains_by_round(robin, evened)),
+            "mean_ttft_gain_rebalance": ratio(mean(off.ttft_s), mean(on.ttft_s)),
+            "mean_ttft_gain_rebalance_skewed": ratio(mean(robin.ttft_s), mean(evened.ttft_s)),
             "preemptions_on": preemptions(on),
             "preemptions_off": preemptions(off),
             "preemptions_skewed_on": preemptions(evened),
@@ -188,12 +209,16 @@ def result_of(found: Found, shape: Shape) -> Result:
         arms=arms,
         n={
             "rounds": shape.num_rounds,
-            "requests_an_arm": len(on.ttft_s) + len(on.errors),
+            "requests_an_arm": max(len(arm.ttft_s) + len(arm.errors) for arm in found.arms.values()),
             "urgent_requests": len(told.urgent.ttft_s),
             "scale_ins": len(found.scaled.p99_ttft_s),
             "priority_changes": len(found.effect),
         },
         spread={f"p99_ttft_s_{name}": spread_of(arm.p99_ttft_s) for name, arm in found.arms.items()}
+        | {
+            "p99_ttft_gain_rebalance": spread_of(gains_by_round(off, on)),
+            "p99_ttft_gain_rebalance_skewed": spread_of(gains_by_round(robin, evened)),
+        }
         | {f"urgent_ttft_s_{name}": spread_of(arm.urgent.ttft_s) for name, arm in found.urgent.items()}
         | {f"urgent_tpot_s_{name}": spread_of(arm.urgent.tpot_s) for name, arm in found.urgent.items()}
         | {
@@ -231,13 +256,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help=f"rounds (default {ROUNDS})")
     parser.add_argument("--load", type=float, default=LOAD, help=f"share of what the fleet holds (default {LOAD:g})")
     parser.add_argument("--only", choices=PARTS, help="this part of it alone")
+    parser.add_argument(
+        "--dispatch", choices=[rule.value for rule in Rule], help="of the arms those that dispatch like this alone"
+    )
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     num_rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if num_rounds < 1 or options.load <= 0:
         parser.error("--rounds and --load must be positive")
     parts = (options.only,) if options.only else PARTS
-    shape = Shape(num_rounds, QUICK_DURATION_S if options.quick else DURATION_S, options.load, parts)
+    arms = tuple(arm for arm in ARMS if options.dispatch in (None, arm.dispatch.value))
+    shape = Shape(num_rounds, QUICK_DURATION_S if options.quick else DURATION_S, options.load, parts, arms)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     found = Found()
     ray: RayCluster | None = None
