@@ -1,7 +1,7 @@
 """Who answers for an instance? The agent: submissions, aborts, subscriptions, frames, reports, migrations; on asyncio.
 
-It never touches the engine but through `EngineLoop`, and never waits for it while it answers the fleet: reports leave
-on time during the longest prefill.
+It never touches the engine but through its host (`EngineLoop`), and never waits for it while it answers the fleet:
+reports leave on time during the longest prefill.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from instance.cached import CACHED_INTERVAL_S, CachedBook
 from instance.errors import EngineFailed
 from instance.headroom import Headroom
 from instance.lifecycle import State, follow
-from instance.loop import EngineLoop, StepDone
-from instance.mailbox import Mailbox
+from instance.loop import StepDone
 from instance.messages import (
     NO_STEPS,
     Abort,
@@ -30,6 +29,7 @@ from instance.messages import (
     Subscribe,
 )
 from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
+from instance.ports import EngineHost, Inbox
 from instance.report import Standing, Subscribers, add_step, load_report, smooth_step_time
 from instance.spec import InstanceSpec, MigrationSummary
 from instance.stream import StreamTable, Tombstones, wishes_of
@@ -72,7 +72,7 @@ class AgentCounts:
 class Agent:
     """One instance's asyncio side. Made when its engine has started; `run` until the instance stops."""
 
-    def __init__(self, spec: InstanceSpec, facts: EngineFacts, loop: EngineLoop, mailbox: Mailbox) -> None:
+    def __init__(self, spec: InstanceSpec, facts: EngineFacts, loop: EngineHost, mailbox: Inbox) -> None:
         self._spec = spec
         self._facts = facts
         self._loop = loop

@@ -153,7 +153,9 @@ class FakeScheduler:
             if sequence not in self.running or sequence.finish is not None:
                 continue
             count = min(len(sequence.tokens) - sequence.computed, budget)
-            if count > 0 and self._make_room(sequence, sequence.computed + count, plan):
+            if count > 0:
+                if not self._make_room(sequence, sequence.computed + count, plan):
+                    break  # it gave its own blocks up: vLLM looks at no further one in this step
                 plan[sequence] = count
             budget = self.config.max_num_batched_tokens - sum(plan.values())
         if self.num_preemptions == preemptions_before:
@@ -205,9 +207,12 @@ class FakeScheduler:
             if sequence in self.waiting and self._is_held_back(sequence):
                 self._refuse_admission(sequence, is_alone=False)
                 return
-            if not self.extend(sequence, sequence.computed + count):
+            # All of it must fit, not only the first chunk (vLLM's `scheduler_reserve_full_isl`, on by default).
+            wanted = num_blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
+            if wanted > self.pool.num_free:
                 self._refuse_admission(sequence, is_alone=not self.running)
                 return
+            self.extend(sequence, sequence.computed + count)
             self.take_out(sequence)
             sequence.status = RequestStatus.RUNNING
             self.running.append(sequence)

@@ -10,9 +10,8 @@ from typing import TypeVar
 
 import msgspec
 
-from instance.loop import EngineLoop
-from instance.mailbox import Mailbox
 from instance.messages import Abort, MigrationEnvelope, OwnerChanged
+from instance.ports import EngineHost, Inbox
 from instance.spec import MigrationSummary
 from instance.stream import StreamTable, Tombstones
 from instance.types import CommittedRequest, Wishes
@@ -66,7 +65,7 @@ class _Coming:
 class InboxChannel:
     """`ControlChannel` to one incarnation of a peer, over the mailbox."""
 
-    def __init__(self, mailbox: Mailbox, own: Incarnation, peer: Incarnation) -> None:
+    def __init__(self, mailbox: Inbox, own: Incarnation, peer: Incarnation) -> None:
         self._mailbox = mailbox
         self._own = own
         self._peer = peer
@@ -99,7 +98,7 @@ async def _visit(future: asyncio.Future[T]) -> T:
 class SourceAdapter:
     """`SourceEngine` for one migration."""
 
-    def __init__(self, loop: EngineLoop, streams: StreamTable) -> None:
+    def __init__(self, loop: EngineHost, streams: StreamTable) -> None:
         self._loop = loop
         self._streams = streams
         self._described_at_step: int | None = None
@@ -142,10 +141,10 @@ class DestinationAdapter:
     def __init__(
         self,
         own: Incarnation,
-        loop: EngineLoop,
+        loop: EngineHost,
         streams: StreamTable,
         tombstones: Tombstones,
-        mailbox: Mailbox,
+        mailbox: Inbox,
         why_closed: Callable[[], str | None],
     ) -> None:
         """`why_closed` says why nothing may come in now (draining), or None."""
@@ -235,9 +234,9 @@ class Outgoing:
     def __init__(
         self,
         own: Incarnation,
-        loop: EngineLoop,
+        loop: EngineHost,
         streams: StreamTable,
-        mailbox: Mailbox,
+        mailbox: Inbox,
         max_out: int,
         is_fenced: Callable[[Incarnation], bool],
     ) -> None:

@@ -60,7 +60,7 @@ from orchestrator.events import (
 )
 from orchestrator.policy.drain import plan_drain
 from orchestrator.policy.moves import InstanceView, Move
-from orchestrator.policy.rebalance import Resting, plan_rebalance
+from orchestrator.policy.rebalance import Plan, Resting, plan_rebalance
 from orchestrator.policy.requeue import plan_requeue
 from orchestrator.reprioritising import Reprioritising
 from orchestrator.resting import RestingPlace
@@ -72,6 +72,8 @@ from orchestrator.tuning import Policy, Tuning
 
 class Orchestrator:
     """The core. One per cluster; `on` is its only way in, `snapshot` its only way out besides effects."""
+
+    plans: tuple[Plan, ...] = (plan_requeue, plan_rebalance)  # what copies nothing comes first
 
     def __init__(self, params: CoreParams) -> None:
         self._params = params
@@ -245,13 +247,10 @@ class Orchestrator:
 
     def _check_drained(self, record: InstanceRecord) -> list[Effect]:
         """Answer the waiters once the instance has confirmed, and both reports say, that nothing is left."""
-        if record.drained or not view.is_empty(record) or self._moves_at(record.instance):
+        if record.drained or not view.is_empty(record) or view.is_moving(record.instance, self._in_flight.values()):
             return []
         record.drained = True
         return self._answer_drain_waiters(record.instance, Drained(record.instance))
-
-    def _moves_at(self, instance: InstanceId) -> int:
-        return sum(instance in (move.source.instance, move.destination.instance) for move in self._in_flight.values())
 
     # ------------------------------------------------------------------ drain
     def _on_drain_requested(self, event: DrainRequested) -> list[Effect]:
@@ -337,7 +336,7 @@ class Orchestrator:
         effects = self._start_all(moves, now_s)
         if self._params.is_rebalancing:
             resting, params = Resting(self._request_rests.names(), self._pair_rests.names()), self._params.rebalance
-            for plan in (plan_requeue, plan_rebalance, self._attaining.moves):  # what copies nothing comes first
+            for plan in (*self.plans, self._attaining.moves):
                 views = self._views(now_s, (views, moves))  # what was begun counts as made
                 moves = plan(views, resting, params)
                 effects += self._start_all(moves, now_s)

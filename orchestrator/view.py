@@ -148,6 +148,11 @@ def is_empty(record: InstanceRecord) -> bool:
     return is_quiet and is_fresh and not record.requests
 
 
+def is_moving(instance: InstanceId, in_flight: Collection[MigrationRecord]) -> bool:
+    """Whether anything leaves it, or is on its way there."""
+    return any(instance in (move.source.instance, move.destination.instance) for move in in_flight)
+
+
 # ---------------------------------------------------------------------- a command's look-ups
 def find_move(
     event: MigrateRequested,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from instance.mailbox import Mailbox
 from instance.messages import Submit
+from instance.ports import Inbox
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.router import Router
 from orchestrator.gateway.types import Deliver, Effect, Fail, Forget, Outgoing, RouterParams, Send
-from orchestrator.policy.dispatch import DispatchParams
+from orchestrator.policy.dispatch import DispatchBook, DispatchParams
 
 TICK_S = 0.05
 
@@ -19,10 +19,11 @@ TICK_S = 0.05
 class GatewayLoop:
     """Owns the mailbox and the router; every method is called on the loop that runs `run`."""
 
-    def __init__(self, mailbox: Mailbox, params: RouterParams) -> None:
+    def __init__(self, mailbox: Inbox, params: RouterParams, book: DispatchBook | None = None) -> None:
+        """`book`: chooses instances; None: one of `params.dispatch`."""
         self._mailbox = mailbox
         self._clock = asyncio.get_running_loop().time
-        self.router = Router(mailbox.address, params)
+        self.router = Router(mailbox.address, params, book)
         self._on_deliver: Callable[[Deliver], None] = lambda _: None
         self._on_fail: Callable[[Fail], None] = lambda _: None
 

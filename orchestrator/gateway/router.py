@@ -36,12 +36,12 @@ from orchestrator.policy.slo import Pace
 class Router:
     """One gateway's requests and members."""
 
-    def __init__(self, address: str, params: RouterParams) -> None:
+    def __init__(self, address: str, params: RouterParams, book: DispatchBook | None = None) -> None:
         self._address = address
         self._params = params
         self.counts = RouterCounts()
         self.relay = Relay()
-        self._book = DispatchBook(params.dispatch, gateway=address)
+        self._book = book or DispatchBook(params.dispatch, gateway=address)
         self.set_dispatch = self._book.set_params
         self._members: dict[InstanceId, Incarnation] = {}
         self._heard_s: dict[InstanceId, float] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from instance.messages import LoadReport, RequestLoad
@@ -69,6 +69,10 @@ class Resting:
 
     requests: frozenset[RequestId] = frozenset()
     pairs: frozenset[tuple[InstanceId, InstanceId]] = frozenset()
+
+
+Plan = Callable[[tuple[InstanceView, ...], Resting, RebalanceParams], tuple[Move, ...]]
+"""A policy that says which requests should move where."""
 
 
 @dataclass(slots=True, eq=False)

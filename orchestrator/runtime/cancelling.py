@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from instance.mailbox import Mailbox
 from instance.messages import Abort
+from instance.ports import Inbox
 from orchestrator.effects import EndRequest, WithdrawMigration
 from orchestrator.errors import ActorGone, CallFailed
 from orchestrator.events import MigrationWithdrawn, RequestCancelled
@@ -15,7 +15,7 @@ from orchestrator.runtime.ports import Fleet
 
 async def end_request(
     fleet: Fleet,
-    mailbox: Mailbox,
+    mailbox: Inbox,
     effect: EndRequest,
     gateways: Iterable[str],
     inboxes: Iterable[str],

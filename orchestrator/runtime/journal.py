@@ -24,6 +24,7 @@ from orchestrator.events import Event
 from orchestrator.journal.lines import VERSION, Checkpoint, LineWriter, begins_a_journal
 from orchestrator.journal.values import Unwritable, core_snapshot, finished
 from orchestrator.log import fields, logger
+from orchestrator.runtime.ports import Recorder
 
 _log = logger("orchestrator")
 MODE = 0o600
@@ -317,7 +318,7 @@ def _error_text(error: BaseException | None) -> str:
     return "" if error is None else f"{type(error).__name__}: {error}"
 
 
-def decided(core: Orchestrator, event: Event, now_s: float, journal: Journal | None) -> list[Effect]:
+def decided(core: Orchestrator, event: Event, now_s: float, journal: Recorder | None) -> list[Effect]:
     """What the core makes of the event; the journal holds it, also when the core raises."""
     raised: BaseException | None = None
     effects: list[Effect] = []

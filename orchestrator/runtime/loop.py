@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
 
-from instance.mailbox import Mailbox
 from instance.messages import LoadReport, RequestReport, Subscribe
+from instance.ports import Inbox
 from orchestrator.core import Orchestrator
 from orchestrator.effects import (
     AnnounceScaling,
@@ -52,10 +52,10 @@ from orchestrator.events import (
 from orchestrator.log import fields, logger
 from orchestrator.priority_classes import Priorities
 from orchestrator.runtime.cancelling import end_request, withdraw
-from orchestrator.runtime.journal import Journal, decided
+from orchestrator.runtime.journal import decided
 from orchestrator.runtime.keeper import InstanceKeeper, NoLauncher
 from orchestrator.runtime.migrating import migrate
-from orchestrator.runtime.ports import Fleet, Launcher
+from orchestrator.runtime.ports import Fleet, Launcher, Recorder
 from orchestrator.runtime.telling import GatewayTeller
 from orchestrator.state import Snapshot
 from orchestrator.tuning import Policy
@@ -89,9 +89,9 @@ class OrchestratorLoop:
         self,
         core: Orchestrator,
         fleet: Fleet,
-        mailbox: Mailbox,
+        mailbox: Inbox,
         params: LoopParams,
-        journal: Journal | None = None,
+        journal: Recorder | None = None,
         launcher: Launcher | None = None,
     ) -> None:
         self._core = core

@@ -1,14 +1,15 @@
-"""What does the loop need from the cluster? One port: calls to actors by name, and the notice of their death."""
+"""What does the loop need from the cluster? Calls to actors by name, the notice of their death, and a journal."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer
 from migration.types import Epoch, Incarnation, InstanceId
-from orchestrator.effects import UpdateMembers, UpdatePriorities
-from orchestrator.events import InstanceStarted
+from orchestrator.effects import Effect, UpdateMembers, UpdatePriorities
+from orchestrator.events import Event, InstanceStarted
 
 
 class Fleet(Protocol):
@@ -52,3 +53,10 @@ class Launcher(Protocol):
 
     async def stop(self, instance: InstanceId, epoch: Epoch) -> None:
         """End its process, in order where it answers; one that is not there is no error."""
+
+
+class Recorder(Protocol):
+    """Where events and what the core made of them go: the journal."""
+
+    def write(self, event: Event, effects: Sequence[Effect], now_s: float, raised: BaseException | None = None) -> None:
+        """The core was given the event, and this followed. To be called before the next event."""

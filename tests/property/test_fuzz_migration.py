@@ -18,7 +18,7 @@ from migration.errors import MalformedMessage
 from migration.messages import Message, ToDestination
 from migration.params import IncomingParams, MigrationParams, Mode
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, Refusal
-from tests.support.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import run_jumping
 from tests.support.migration_kit import BLOCK_SIZE, A, B, Pair
 from tests.support.mutate import Mutator
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from migration.messages import Message
 from migration.types import MigrationReport, Outcome
-from tests.support.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import run_jumping
 from tests.support.migration_kit import REQUEST, Pair
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.support.jumping_loop import MAX_LIMIT_S, Deadlock, JumpedTooFar, JumpingLoop, run_jumping
+from orchestrator.sim.jumping_loop import MAX_LIMIT_S, Deadlock, JumpedTooFar, JumpingLoop, run_jumping
 
 
 def test_an_hour_passes_in_no_time() -> None:

@@ -9,16 +9,17 @@ from statistics import fmean
 import pytest
 
 from bench.policy_live_runs import URGENT_SHARE, with_urgent
-from bench.policy_workload import Lengths, Workload
+from bench.policy_workload import Workload
+from orchestrator.sim.workload import Zipf
 
 WORKLOAD = Workload(requests_per_s=5.0, duration_s=400.0)
 
 
 def test_lengths_have_their_mean_a_heavy_tail_and_a_cap() -> None:
-    drawn = Lengths(mean=128, alpha=1.5, cap=10_000).draw(Random(1), 20_000)
+    drawn = Zipf(mean=128, alpha=1.5, cap=10_000).draw(Random(1), 20_000)
     assert fmean(drawn) == pytest.approx(128, rel=0.1)
     assert sorted(drawn)[len(drawn) // 2] < 64, "half of them are short"
-    assert max(Lengths(mean=128, alpha=1.5, cap=1024).draw(Random(1), 20_000)) == 1024
+    assert max(Zipf(mean=128, alpha=1.5, cap=1024).draw(Random(1), 20_000)) == 1024
 
 
 def test_a_plan_follows_from_its_seed_and_keeps_its_rate() -> None:

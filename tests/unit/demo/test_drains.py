@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.demo.answers import Move
 from orchestrator.demo.drains import DrainPlan, conduct
 from orchestrator.demo.watch import History, InstanceView, Observation, watch
-from tests.support.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import run_jumping
 
 PLAN = DrainPlan(at=(0.3, 0.6), extra_at=(0.8,), wanted_moves=5, patience=0.12, give_up_s=30.0)
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from migration.alarms import HEARING_S, Alarms
 from migration.events import Timer
-from tests.support.jumping_loop import JumpingLoop, run_jumping
+from orchestrator.sim.jumping_loop import JumpingLoop, run_jumping
 
 LEASE_S = 10.0
 

@@ -14,7 +14,7 @@ from migration.driver import SourceDriver
 from migration.params import MigrationParams
 from migration.table import DestinationState, SourceState
 from migration.types import MigrationReport, NotStopped, Outcome, RequestId, StoppedRequest
-from tests.support.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import run_jumping
 from tests.support.migration_kit import REQUEST, A, Pair, ToySource
 
 S = SourceState

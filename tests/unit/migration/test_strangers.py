@@ -11,7 +11,7 @@ from migration.driver import SourceDriver
 from migration.messages import Cancelled, Committed, Refused, Reserved, ToSource
 from migration.table import SourceState as S
 from migration.types import Epoch, Incarnation, InstanceId, Outcome
-from tests.support.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import run_jumping
 from tests.support.migration_kit import REQUEST, B, Pair
 
 STRANGERS = {

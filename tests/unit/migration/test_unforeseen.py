@@ -14,7 +14,7 @@ from migration.params import MigrationParams, Mode
 from migration.stages import Landing, StopReason, max_push_blocks, next_push
 from migration.table import SourceState
 from migration.types import BlockRange, BlockTable, CopyReceipt, MigrationId, Outcome, StageReport
-from tests.support.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import run_jumping
 from tests.support.migration_kit import REQUEST, B, Pair, ToyMover
 
 PORT_CALLS = ["reserve", "grow", "open", "wait_ready", "cancel"]

@@ -1,0 +1,81 @@
+"""Which fleets are compared? Each arm dispatches and moves by its own rules, over the same engines and requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+
+from orchestrator.core import Orchestrator
+from orchestrator.errors import ConfigError
+from orchestrator.policy.columns import DispatchParams, Rule
+from orchestrator.policy.dispatch import DispatchBook
+from orchestrator.policy.rebalance import Plan
+from orchestrator.sim.baselines import BaselineBook, fewest_requests, infaas, llumnix_freeness, llumnix_plan
+from orchestrator.state import CoreParams
+
+LLUMNIX_THRESHOLD = 3.0
+"""Blocks a request; its artifact has 10 for M-M and S-L."""
+
+MakeBook = Callable[[DispatchParams, Random], DispatchBook]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    name: str
+    about: str
+    rule: Rule = Rule.FREENESS
+    make_book: MakeBook | None = None
+    """None: production's."""
+    plans: tuple[Plan, ...] | None = None
+    """None: production's."""
+    moves: bool = True
+
+    def core_params(self, params: CoreParams) -> CoreParams:
+        return replace(params, is_rebalancing=self.moves, dispatch=replace(params.dispatch, rule=self.rule))
+
+    def make_core(self, params: CoreParams) -> Orchestrator:
+        if self.plans is None:
+            return Orchestrator(params)
+        theirs: type[Orchestrator] = type("Theirs", (Orchestrator,), {"plans": self.plans})
+        return theirs(params)
+
+
+def _two_random(params: DispatchParams, rng: Random) -> DispatchBook:
+    return BaselineBook(params, fewest_requests, of_two=rng)
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("round-robin", "each instance in turn", rule=Rule.ROUND_ROBIN, moves=False),
+        Arm(
+            "least-requests",
+            "the instance with the fewest requests",
+            make_book=lambda params, _: BaselineBook(params, fewest_requests),
+            moves=False,
+        ),
+        Arm("power-of-two", "of two at random the one with fewer requests", make_book=_two_random, moves=False),
+        Arm(
+            "infaas++",
+            "the instance with the least memory used and queued for",
+            make_book=lambda params, _: BaselineBook(params, infaas),
+            moves=False,
+        ),
+        Arm(
+            "llumnix",
+            "as its paper states it: dispatch by freeness, and moves from below a threshold to above it",
+            make_book=lambda params, _: BaselineBook(params, llumnix_freeness),
+            plans=(llumnix_plan(LLUMNIX_THRESHOLD),),
+        ),
+        Arm("dispatch", "ours, but nothing moves", moves=False),
+        Arm("ours", "ours"),
+    )
+}
+
+
+def arm_of(name: str) -> Arm:
+    """Raises ConfigError for no such name."""
+    if name not in ARMS:
+        raise ConfigError(f"no arm named {name!r}; there: {', '.join(ARMS)}")
+    return ARMS[name]

@@ -1,0 +1,54 @@
+"""What is asked of a simulated fleet, and what became of it?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from orchestrator.policy.targets import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of a workload."""
+
+    index: int
+    at_s: float
+    num_prompt: int
+    num_answer: int
+    """Output tokens after which it ends. Nobody is told."""
+    max_tokens: int
+    """What the client has asked for at most."""
+    priority: int = 0
+    kind: str = ""
+    """Of which it is one in a report: a class of priority, a client."""
+    targets: Targets | None = None
+
+
+@dataclass(slots=True)
+class Lived:
+    """One request's life, as its client saw it."""
+
+    arrival: Arrival
+    sent_s: float = 0.0
+    """By the world's clock, as are the other times."""
+    first_s: float = math.nan
+    """When its first token came; NaN: none has."""
+    last_s: float = math.nan
+    num_tokens: int = 0
+    is_over: bool = False
+    error: str = ""
+    """Why it failed; empty: it did not."""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_s - self.sent_s
+
+    @property
+    def latency_s(self) -> float:
+        return self.last_s - self.sent_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time of each token after the first; NaN where there is none."""
+        return (self.last_s - self.first_s) / (self.num_tokens - 1) if self.num_tokens > 1 else math.nan

@@ -1,0 +1,229 @@
+"""Does the simulator's engine of lengths schedule, step by step, as the fake engine does that is held against vLLM?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from instance.engine import Engine
+from instance.fake_model import FakeRequest, encode_fake
+from instance.fake_scheduler import FakeConfig
+from instance.types import EngineLoad, RequestView, StepResult, Submission
+from migration.types import MigrationId, Refusal, RequestId, Reservation, StoppedRequest
+from orchestrator.sim.copying import LinkParams, Links, SimMover
+from orchestrator.sim.engine import Ask, LengthEngine, encode
+from orchestrator.sim.jumping_loop import run_jumping
+from orchestrator.sim.lengths import LengthConfig
+from orchestrator.sim.runs import Made
+from orchestrator.sim.steptime import Attention, StepTimes
+from tests.support.fake import FakeKit
+
+BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS, SLACK = 4, 12, 64, 4, 10, 1
+LENGTHS = LengthConfig(NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS)
+FAKES = FakeConfig(NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS, prefix_cache=False)
+TIMES = StepTimes(0.01, 0.001, 4, 0.0005, 0.0003, Attention(0.001, 0.0002, 0.00001, 0.002, 0.0001, 1e-6, 2e-6, 3e-6))
+
+
+@dataclass(frozen=True)
+class Add:
+    num_prompt: int
+    num_answer: int
+    priority: int
+
+
+@dataclass(frozen=True)
+class Do:
+    """Something done at the engine `at`, to the request of that number if it takes one."""
+
+    verb: str
+    at: int = 0
+    which: int = 0
+    value: int = 0
+
+
+adds = st.builds(Add, st.integers(1, 20), st.integers(1, 28), st.integers(0, 2))
+verbs = st.sampled_from(["abort", "set priority", "stop and resume", "move"])
+deeds = st.builds(Do, verbs, st.integers(0, 1), st.integers(0, 9), st.integers(0, 2))
+headrooms = st.builds(Do, st.just("headroom"), st.just(0), st.just(0), st.integers(0, 6))
+busy = st.builds(Do, st.just("step"), st.just(0), st.just(0), st.integers(1, 12))
+there = st.builds(Do, st.just("step"), st.just(1), st.just(0), st.integers(1, 12))
+beginnings = st.lists(st.one_of(adds, adds, adds, busy, headrooms), min_size=6, max_size=16)
+goings_on = st.lists(st.one_of(busy, busy, adds, deeds, there), min_size=6, max_size=30)
+stories = st.tuples(beginnings, goings_on).map(lambda parts: [*parts[0], *parts[1]])
+"""Many at once, so that blocks run out; a step is that many steps."""
+
+
+class Pair:
+    """Two engines of one kind, to which the same is done as to two of the other."""
+
+    def __init__(self, engines: tuple[Engine, Engine], is_fake: bool) -> None:
+        self.engines = engines
+        self.is_fake = is_fake
+        self.num_added = self.num_moves = 0
+
+    def do(self, deed: Add | Do) -> object:
+        """What can be compared of what came of it."""
+        if isinstance(deed, Add):
+            return self._add(deed)
+        engine, request_id = self.engines[deed.at], RequestId(f"r{deed.which}")
+        match deed.verb:
+            case "step":
+                return [_seen(engine.step()) for _ in range(deed.value)]
+            case "headroom":
+                engine.set_headroom(((0, deed.value), (1, 1)))
+            case "abort":
+                engine.abort((request_id,))
+            case "set priority":
+                return engine.set_priority(request_id, deed.value)
+            case "stop and resume":
+                stopped = engine.try_stop(request_id)
+                engine.resume(request_id)
+                return _of_stop(stopped)
+            case "move":
+                return self._move(request_id, engine, self.engines[1 - deed.at])
+        return None
+
+    def _add(self, add: Add) -> object:
+        request_id = RequestId(f"r{self.num_added}")
+        self.num_added += 1
+        payload = (
+            encode_fake(FakeRequest(tuple(range(1, add.num_prompt + 1)), add.num_answer))
+            if self.is_fake
+            else encode(Ask(add.num_prompt, add.num_answer, add.num_answer))
+        )
+        submission = Submission(request_id, "client", add.priority, add.num_prompt, add.num_answer, payload)
+        return self.engines[0].add(submission)
+
+    def _move(self, request_id: RequestId, source: Engine, destination: Engine) -> object:
+        described = source.describe(request_id)
+        if described is None or isinstance(described, Refusal):
+            return "not described"
+        self.num_moves += 1
+        migration_id = MigrationId(f"m{self.num_moves}")
+        reserved = destination.reserve(migration_id, described, SLACK)
+        if isinstance(reserved, Refusal):
+            return "refused"
+        stopped = source.try_stop(request_id)
+        assert isinstance(stopped, StoppedRequest)
+        grown = destination.grow(migration_id, stopped.settled_tokens)
+        if isinstance(grown, Refusal):
+            destination.cancel(migration_id)
+            source.resume(request_id)
+            return "not grown"
+        committed = destination.commit(migration_id, stopped.state)
+        return committed, source.release(request_id), _of_reservation(reserved), _of_stop(stopped)
+
+    def standing(self) -> list[tuple[EngineLoad, list[RequestView], bool]]:
+        return [
+            (one.load(), sorted(one.requests(), key=lambda view: view.request_id), one.has_work())
+            for one in self.engines
+        ]
+
+
+def _of_stop(stopped: object) -> object:
+    if isinstance(stopped, StoppedRequest):
+        return stopped.settled_tokens, stopped.num_output_tokens, stopped.num_preemptions, len(stopped.block_table[0])
+    return stopped
+
+
+def _of_reservation(reserved: Reservation) -> tuple[int, int]:
+    return reserved.num_blocks, reserved.num_cached_tokens
+
+
+def _seen(result: StepResult) -> object:
+    outputs = [(one.request_id, len(one.token_ids), one.finish_reason) for one in result.outputs]
+    return outputs, result.executed, result.num_scheduled_tokens, result.num_decoding, result.work
+
+
+def length_engine(times: StepTimes = TIMES) -> LengthEngine:
+    return LengthEngine(LENGTHS, times, SimMover("one", Links(LinkParams()), 1))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(stories)
+def test_it_schedules_as_the_fake_engine_does(story: list[Add | Do]) -> None:
+    async def play() -> None:
+        kit = FakeKit(FAKES)
+        try:
+            fakes = Pair((kit.first, kit.second), is_fake=True)
+            lengths = Pair((length_engine(), length_engine()), is_fake=False)
+            for deed in story:
+                assert lengths.do(deed) == fakes.do(deed), deed
+                assert lengths.standing() == fakes.standing(), deed
+                for engine in lengths.engines:
+                    engine.check_integrity()
+        finally:
+            kit.close()
+
+    run_jumping(play())
+
+
+@dataclass(frozen=True)
+class Look:
+    """Somebody looks, or cuts the run, after so much of the time that a run may take."""
+
+    share: float
+    is_cut: bool
+
+
+looks = st.builds(Look, st.floats(0.0, 1.2), st.booleans())
+
+
+@settings(max_examples=200)
+@given(st.lists(adds, min_size=1, max_size=8), st.lists(looks, max_size=40), st.floats(0.0, 0.5))
+def test_a_run_of_steps_ends_where_single_steps_do(asked: list[Add], watched: list[Look], limit_s: float) -> None:
+    async def play() -> None:
+        runs, single = length_engine(), length_engine()
+        for pair in (Pair((runs, runs), is_fake=False), Pair((single, single), is_fake=False)):
+            for add in asked:
+                pair.do(add)
+        now_s, looking = 0.0, iter(watched)
+        while runs.has_work():
+            made = _run_once(runs, now_s, limit_s, looking)
+            given_by_run, given_singly = _given([one.result for one in made]), _given([])
+            for one in made:
+                ended_s = single.runs.begin(one.start_s, 0.0)
+                assert ended_s is not None and abs(ended_s - one.end_s) < 1e-9
+                (step,) = single.runs.end()
+                assert step.result.work == one.result.work
+                _add_given(given_singly, step.result)
+            assert given_by_run == given_singly
+            assert runs.load() == single.load() and runs.requests() == single.requests()
+            now_s = made[-1].end_s
+
+    run_jumping(play())
+
+
+def _run_once(engine: LengthEngine, now_s: float, limit_s: float, looking: object) -> list[Made]:
+    ends_s = engine.runs.begin(now_s, limit_s)
+    assert ends_s is not None
+    look = next(looking, None)  # type: ignore[call-overload]
+    if look is not None:
+        at_s = min(ends_s, now_s + look.share * (ends_s - now_s))
+        engine.runs.settle(at_s)
+        if look.is_cut and at_s < ends_s:
+            boundary_s = engine.runs.boundary_after(at_s)
+            assert at_s <= boundary_s <= ends_s
+            engine.runs.cut(boundary_s)
+            ends_s = boundary_s
+    made = engine.runs.end()
+    assert abs(made[-1].end_s - ends_s) < 1e-9
+    return made
+
+
+Given = dict[RequestId, tuple[int, int | None]]
+"""Tokens of each request, and how it ended."""
+
+
+def _given(results: list[StepResult]) -> Given:
+    given: Given = {}
+    for result in results:
+        _add_given(given, result)
+    return given
+
+
+def _add_given(given: Given, result: StepResult) -> None:
+    for one in result.outputs:
+        given[one.request_id] = (given.get(one.request_id, (0, None))[0] + len(one.token_ids), one.finish_reason)
