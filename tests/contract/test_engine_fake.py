@@ -15,6 +15,7 @@ from instance.fake_scheduler import FakeConfig
 from instance.types import Submission
 from migration.types import NotStopped, RequestId, StoppedRequest
 from tests.contract.cached_suite import CachedContract
+from tests.contract.chunk_suite import ChunkContract
 from tests.contract.engine_suite import EngineContract
 from tests.support.fake import FakeKit, prompt_of
 from tests.support.pair import EnginePair, Refused, Sabotage, Shape
@@ -43,7 +44,7 @@ class TestFakeEngineWithoutPrefixCache(EngineContract):
         yield from pair_of(dataclasses.replace(PLAIN, prefix_cache=False))
 
 
-class TestFakeEngineInSmallChunks(EngineContract):
+class TestFakeEngineInSmallChunks(EngineContract, ChunkContract):
     """Every prompt of the suite that is longer than a chunk is prefilled over several steps."""
 
     @pytest.fixture
