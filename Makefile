@@ -79,8 +79,8 @@ test-v2: setup ## moves between engines with vLLM's V2 runner, as on GPUs, its k
 		"$$(grep '^triton==' requirements/cuda.lock)" && mv -T $(VENV)/opt/triton.part $(VENV)/opt/triton; }
 	$(PYTEST) tests/integration/test_exactness_v2_runner.py
 
-sim: ## the simulator (not there yet)
-	@echo "sim: the simulator comes with a later issue; there is nothing to run yet." >&2; exit 2
+sim: setup ## the same requests to several simulated fleets: make sim ARGS="--rate 9 --arm ours --arm llumnix"
+	$(VENV)/bin/kvferry simulate compare $(ARGS)
 
 compat: setup ## what breaks with another vLLM: make compat VLLM=0.31.0 (ARGS=--names-only starts no engine)
 	@if [ -z "$(VLLM)" ]; then echo "compat: name a version: make compat VLLM=0.31.0" >&2; exit 2; fi

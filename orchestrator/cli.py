@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 from typer.models import OptionInfo
 
-from orchestrator import cli_admin, cli_priorities, cli_scale, config
+from orchestrator import cli_admin, cli_priorities, cli_scale, cli_simulate, config
 from orchestrator.cli_client import Admin, before_the_command, connect
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.policy.levels import DEFAULT_LEVELS
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.callback()(before_the_command)
+app.add_typer(cli_simulate.app)
 
 _MINE = "Cluster"
 _ACCESS = "Who may use the admin API"

@@ -71,16 +71,22 @@ def with_urgent(arrivals: Sequence[Arrival], rng: Random, share: float, priority
     ]
 
 
-def llumnix(
-    rng: Random, name: str, requests_per_s: float, count: int, coefficient_of_variation: float = 1.0
-) -> list[Arrival]:
-    """A trace of its evaluation by name: `M-L` has medium prompts and long answers. Raises ConfigError for no such
-    name."""
+def llumnix_lengths(name: str) -> tuple[Zipf, Zipf]:
+    """Of prompts and answers of a trace of its evaluation: `M-L` has medium prompts and long answers. Raises
+    ConfigError for no such name."""
     try:
         prompts, answers = (LLUMNIX[part] for part in name.split("-"))
     except (KeyError, ValueError):
         raise ConfigError(f"no workload named {name!r}: name two of S, M and L, such as M-L") from None
-    return generated(rng, prompts, answers, gamma_times(rng, requests_per_s, coefficient_of_variation), count)
+    return prompts, answers
+
+
+def llumnix(
+    rng: Random, name: str, requests_per_s: float, count: int, coefficient_of_variation: float = 1.0
+) -> list[Arrival]:
+    """A trace of its evaluation by name. Raises ConfigError for no such name."""
+    times = gamma_times(rng, requests_per_s, coefficient_of_variation)
+    return generated(rng, *llumnix_lengths(name), times, count)
 
 
 def trace(path: Path, count: int | None = None) -> list[Arrival]:

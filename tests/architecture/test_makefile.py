@@ -6,8 +6,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
-
 TARGETS = {
     "help", "setup", "demo", "test", "check", "test-all", "sim", "golden", "exhaustive", "compat", "proto", "diagrams",
     "bench", "test-gpu",
@@ -30,13 +28,6 @@ def test_every_target_is_phony(repo_root: Path) -> None:
     makefile = (repo_root / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
     assert set(phony.split()) == TARGETS
-
-
-@pytest.mark.parametrize("target", ["sim"])
-def test_a_target_whose_subject_is_not_there_says_so_and_fails(repo_root: Path, target: str) -> None:
-    result = make(repo_root, target)
-    assert result.returncode == 2
-    assert "later issue" in result.stderr
 
 
 def test_compat_wants_a_version(repo_root: Path) -> None:

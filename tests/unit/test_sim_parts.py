@@ -18,7 +18,7 @@ from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.copying import LinkParams, Links
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.score import by_kind, figure, half_width, littles_law_gap
-from orchestrator.sim.steptime import Attention, StepTimes, from_profile
+from orchestrator.sim.steptime import LLUMNIX_A10, Attention, StepTimes, from_profile
 from orchestrator.sim.workload import LLUMNIX, faster, gamma_times, llumnix, trace, with_urgent
 
 # ---------------------------------------------------------------------- step times
@@ -61,6 +61,14 @@ def test_steps_alike_take_as_long_together_as_one_by_one() -> None:
         assert times.decode_steps_within(7, 900, sum(one_by_one[:count]) - 1e-6) == count - 1
     with pytest.raises(ValueError, match="must take time"):
         StepTimes(0.0, 0.0).decode_steps_within(1, 1, 1.0)
+
+
+def test_the_a10_of_llumnix_is_as_fast_as_its_paper_shows() -> None:
+    anew_ms = {256: 58, 512: 110, 1024: 220, 2048: 436, 4096: 940, 8192: 1995}
+    found_ms = {tokens: 1e3 * LLUMNIX_A10.step_s(((tokens, 0),), 0, 0) for tokens in anew_ms}
+    assert found_ms == pytest.approx(anew_ms, rel=0.04)
+    assert 1e3 * LLUMNIX_A10.step_s((), 32, 8192) == pytest.approx(52.0, rel=0.02)
+    assert 1e3 * LLUMNIX_A10.step_s((), 1, 8192) == pytest.approx(43.5, rel=0.02)
 
 
 # ---------------------------------------------------------------------- links

@@ -1,0 +1,110 @@
+"""Which arm serves the same requests best? Each arm with each seed is one simulated day, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
+from random import Random
+
+from orchestrator.sim.arms import arm_of
+from orchestrator.sim.arrivals import Arrival
+from orchestrator.sim.jumping_loop import run_jumping
+from orchestrator.sim.score import Score, by_kind, littles_law_gap
+from orchestrator.sim.steptime import LLUMNIX_A10, StepTimes
+from orchestrator.sim.workload import llumnix, with_urgent
+from orchestrator.sim.world import Counts, World, WorldParams
+
+MAX_LAW_GAP = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One workload, asked of each arm."""
+
+    workload: str = "M-M"
+    """Of Llumnix's evaluation."""
+    requests_per_s: float = 7.5
+    coefficient_of_variation: float = 1.0
+    num_requests: int = 2_000
+    num_instances: int = 16
+    num_gateways: int = 1
+    urgent_share: float = 0.0
+    times: StepTimes = field(default=LLUMNIX_A10)
+
+    def arrivals(self, seed: int) -> list[Arrival]:
+        rng = Random(seed)
+        arrivals = llumnix(rng, self.workload, self.requests_per_s, self.num_requests, self.coefficient_of_variation)
+        return with_urgent(arrivals, rng, self.urgent_share) if self.urgent_share else arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What became of one arm's day."""
+
+    arm: str
+    seed: int
+    scores: dict[str, Score]
+    """By kind of request; "" is all of them."""
+    counts: Counts
+    virtual_s: float
+
+
+def live(question: Question, arm: str, seed: int) -> Day:
+    """Play one day in this process. Raises RuntimeError when the lives that were told do not add up."""
+
+    async def play() -> Day:
+        params = WorldParams(
+            num_instances=question.num_instances,
+            num_gateways=question.num_gateways,
+            times=question.times,
+            arm=arm_of(arm),
+            seed=seed,
+        )
+        world = World(params)
+        lived = await world.play(question.arrivals(seed))
+        if (gap := littles_law_gap(lived)) > MAX_LAW_GAP:
+            raise RuntimeError(f"{arm}, seed {seed}: requests present and latencies differ by {gap:.1e} (Little's law)")
+        return Day(arm, seed, by_kind(lived), world.counts(), asyncio.get_running_loop().time())
+
+    return run_jumping(play())
+
+
+def compare(question: Question, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Day]:
+    """All days, seed by seed, as they come; as many at once as there are processors."""
+    jobs = [(question, arm, seed) for seed in seeds for arm in arms]
+    num_workers = min(len(jobs), os.cpu_count() or 1)
+    if num_workers <= 1:
+        yield from (live(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        try:
+            with _holding_ctrl_c():
+                days = [pool.submit(live, *job) for job in jobs]  # starts the workers
+            for day in days:
+                yield day.result()
+        except BaseException:  # Ctrl-C: nobody waits for days that nobody wants
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _holding_ctrl_c() -> Iterator[None]:
+    """Processes that start meanwhile never hear it: it goes to all of a terminal's group, and the first of them says
+    what becomes of the others. Here it is heard afterwards, whichever thread it came to."""
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt

@@ -1,0 +1,97 @@
+"""Does `kvferry simulate` say what was asked, the same way twice, and what is wrong with a flag?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+KVFERRY = str(Path(sys.executable).with_name("kvferry"))
+SMALL = ("--requests", "60", "--instances", "2", "--rate", "4")
+
+
+def kvferry(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([KVFERRY, "simulate", *words], capture_output=True, text=True, check=False)
+
+
+def test_arms_are_listed() -> None:
+    told = kvferry("arms")
+    assert told.returncode == 0
+    assert [line.split()[0] for line in told.stdout.splitlines()][-2:] == ["dispatch", "ours"]
+
+
+def test_two_arms_get_the_same_requests_and_two_runs_say_the_same(tmp_path: Path) -> None:
+    def run(name: str) -> bytes:
+        told = kvferry(
+            "compare", *SMALL, "--arm", "ours", "--arm", "llumnix", "--urgent", "0.2", "--json", str(tmp_path / name)
+        )
+        assert told.returncode == 0, told.stderr
+        assert "ours" in told.stdout and "urgent" in told.stdout
+        return (tmp_path / name).read_bytes()
+
+    written = run("first.json")
+    assert written == run("second.json")
+    days = json.loads(written)["days"]
+    assert [day["arm"] for day in days] == ["ours", "llumnix"]
+    assert {kind: score["ttft_s"]["n"] for kind, score in days[0]["scores"].items()} == {
+        kind: score["ttft_s"]["n"] for kind, score in days[1]["scores"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--workload", "X"), "no workload named 'X': name two of S, M and L"),
+        (("--arm", "best"), "no arm named 'best'; there: round-robin"),
+        (("--rate", "0"), "--rate and --cv must be positive"),
+        (("--seeds", "0"), "--seeds is 0, it must be at least 1"),
+        (("--urgent", "1"), "--urgent is 1, it must be a share below 1"),
+        (("--profiles", "missing.json"), "--profiles missing.json"),
+    ],
+)
+def test_a_wrong_flag_is_named(words: tuple[str, ...], why: str) -> None:
+    told = kvferry("compare", *words)
+    assert told.returncode == 2
+    assert why in told.stderr and "Traceback" not in told.stderr
+
+
+def test_ctrl_c_ends_it_and_its_workers() -> None:
+    process = subprocess.Popen(
+        [KVFERRY, "simulate", "compare", "--requests", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while len(group_of(process.pid)) < 2 and process.poll() is None:
+            time.sleep(0.05)  # its workers start
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 130, told
+        assert "Traceback" not in told
+        deadline_s = time.monotonic() + 10
+        while group_of(process.pid):  # the last to go is multiprocessing's own helper
+            assert time.monotonic() < deadline_s, "its workers live on"
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def group_of(process_id: int) -> list[int]:
+    """Processes of this one's session that live."""
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if one.status() != psutil.STATUS_ZOMBIE and os.getsid(one.pid) == process_id:
+                found.append(one.pid)
+    return found
