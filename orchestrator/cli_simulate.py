@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,8 +76,9 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     for flag, count in counts.items():
         _require(count >= 1, f"{flag} is {count}, it must be at least 1")
     _require(0 <= urgent < 1, f"--urgent is {urgent:g}, it must be a share below 1")
-    chosen = {} if profiles is None else {"times": _times(profiles, model)}
-    question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent, **chosen)
+    question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent)
+    if profiles is not None:
+        question = replace(question, times=_times(profiles, model))
     days: list[Day] = []
     console = Console(stderr=True)
     with console.status("simulating") as status:

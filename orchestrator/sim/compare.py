@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
 from random import Random
 
-from orchestrator.sim.arms import arm_of
+from orchestrator.sim.arms import Arm, arm_of
 from orchestrator.sim.arrivals import Arrival
 from orchestrator.sim.jumping_loop import run_jumping
+from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.score import Score, by_kind, littles_law_gap
 from orchestrator.sim.steptime import LLUMNIX_A10, StepTimes
 from orchestrator.sim.workload import llumnix, with_urgent
@@ -36,11 +37,22 @@ class Question:
     num_gateways: int = 1
     urgent_share: float = 0.0
     times: StepTimes = field(default=LLUMNIX_A10)
+    engine: LengthConfig = field(default_factory=LengthConfig)
 
     def arrivals(self, seed: int) -> list[Arrival]:
         rng = Random(seed)
         arrivals = llumnix(rng, self.workload, self.requests_per_s, self.num_requests, self.coefficient_of_variation)
         return with_urgent(arrivals, rng, self.urgent_share) if self.urgent_share else arrivals
+
+    def world(self, arm: Arm, seed: int) -> WorldParams:
+        return WorldParams(
+            num_instances=self.num_instances,
+            num_gateways=self.num_gateways,
+            engine=self.engine,
+            times=self.times,
+            arm=arm,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +71,7 @@ def live(question: Question, arm: str, seed: int) -> Day:
     """Play one day in this process. Raises RuntimeError when the lives that were told do not add up."""
 
     async def play() -> Day:
-        params = WorldParams(
-            num_instances=question.num_instances,
-            num_gateways=question.num_gateways,
-            times=question.times,
-            arm=arm_of(arm),
-            seed=seed,
-        )
-        world = World(params)
+        world = World(question.world(arm_of(arm), seed))
         lived = await world.play(question.arrivals(seed))
         if (gap := littles_law_gap(lived)) > MAX_LAW_GAP:
             raise RuntimeError(f"{arm}, seed {seed}: requests present and latencies differ by {gap:.1e} (Little's law)")

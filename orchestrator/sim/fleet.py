@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -27,13 +28,17 @@ class SimFleet:
         self.instances: dict[str, SimInstance] = {}
         """Also those that have ended."""
         self.gateways: dict[str, GatewayLoop] = {}
+        self.outcomes: Counter[str] = Counter()
+        """Of the migrations that have ended."""
 
     async def migrate(
         self, actor_name: str, request_id: str, destination: Incarnation, mode: str, timeout_s: float
     ) -> MigrationSummary:
-        return await self._call(
+        summary = await self._call(
             actor_name, lambda one: one.agent.migrate(request_id, destination, params_for(mode)), timeout_s
         )
+        self.outcomes[summary.outcome] += 1
+        return summary
 
     async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:  # noqa: ARG002
         await asyncio.sleep(2 * self._call_s)

@@ -148,7 +148,8 @@ class SimHost:
                     self._pending.append(visit)
             self._load = self._engine.load()
         if self._engine.has_work():
-            ends_s = self._engine.runs.begin(self._loop.time(), self._run_s)
+            # Whoever is to be tried after every step is waited for step by step.
+            ends_s = self._engine.runs.begin(self._loop.time(), 0.0 if self._pending else self._run_s)
             if ends_s is not None:  # else only a visit can change anything
                 self._set_timer(ends_s)
 

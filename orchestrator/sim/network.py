@@ -41,9 +41,9 @@ class Network:
         self._inboxes.pop(address, None)
 
     def carry(self, sender: str, receiver: str, message: FleetMessage) -> bool:
-        """False: nobody listens there. What the network loses is lost without a word."""
+        """False: nobody listens there, or the sender is gone. What the network loses is lost without a word."""
         inbox = self._inboxes.get(receiver)
-        if inbox is None:
+        if inbox is None or sender not in self._inboxes:
             return False
         self.num_messages += 1
         if not self.loses(sender, receiver, message):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from migration.types import Epoch, InstanceId
+from migration.types import Epoch, InstanceId, Outcome
 from orchestrator.errors import StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
 from orchestrator.gateway.loop import GatewayLoop
@@ -58,23 +58,26 @@ class WorldParams:
     """What is not answered so long after the last request was sent has failed."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Counts:
     """Of the whole fleet, its ended instances included."""
 
-    preemptions: int = 0
-    migrations: int = 0
+    preemptions: int
+    migrations: int
     """Committed."""
-    broken_off: int = 0
-    copied_bytes: int = 0
-    messages: int = 0
+    broken_off: int
+    """Ended otherwise."""
+    copied_bytes: int
+    messages: int
 
 
 class World:
     """One fleet. `play` once."""
 
     def __init__(self, params: WorldParams) -> None:
-        self.params = params = replace(params, core=params.arm.core_params(params.core))
+        core = params.arm.core_params(params.core)
+        core = replace(core, max_instances=max(core.max_instances, params.num_instances))
+        self.params = params = replace(params, core=core)
         self.network = Network(params.latency_s)
         self.links = Links(params.link)
         self.instances: dict[str, SimInstance] = {}
@@ -116,15 +119,15 @@ class World:
         return [self.clients.lived[request_id] for request_id in self.clients.lived]
 
     def counts(self) -> Counts:
-        everybody = [*self.instances.values(), *self.ended]
-        migrations = self.core.snapshot(0.0).migrations
-        counts = Counts(messages=self.network.num_messages)
-        for one in everybody:
-            counts.preemptions += one.engine.batch.num_preemptions
-            counts.copied_bytes += one.mover.num_bytes
-            counts.migrations += one.agent.counts.incoming_committed
-        counts.broken_off = max(0, len([one for one in migrations if one.ended_s is not None]) - counts.migrations)
-        return counts
+        everybody, outcomes = [*self.instances.values(), *self.ended], self.fleet.outcomes
+        committed = outcomes[Outcome.COMMITTED.value]
+        return Counts(
+            preemptions=sum(one.engine.batch.num_preemptions for one in everybody),
+            migrations=committed,
+            broken_off=outcomes.total() - committed,
+            copied_bytes=sum(one.mover.num_bytes for one in everybody),
+            messages=self.network.num_messages,
+        )
 
     # ---- who is there
     def start_instance(self, name: str, epoch: int) -> InstanceStarted:
