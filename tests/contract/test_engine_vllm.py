@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.contract.cached_suite import CachedContract
-from tests.contract.chunk_suite import ChunkContract
 from tests.contract.engine_suite import EngineContract
 from tests.support.pair import EnginePair
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.support.asynchronous import shared_asynchronous_kit
-from tests.support.vllm_kit import VllmKit, shared_kit, start_engine
+from tests.support.vllm_kit import shared_kit
 
 pytestmark = pytest.mark.engine
 
@@ -44,15 +43,3 @@ class TestVllmEngineThatSchedulesAsynchronously(EngineContract, CachedContract):
         yield pair
         pair.drain()
         pair.close()
-
-
-class TestVllmEngineInSmallChunks(ChunkContract):
-    """Prompts are prefilled over several steps."""
-
-    @pytest.fixture
-    def pair(self) -> Iterator[EnginePair]:
-        engine = start_engine(max_num_batched_tokens=64)
-        pair = EnginePair(VllmKit(engine, engine))
-        yield pair
-        pair.close()
-        engine.close()

@@ -19,6 +19,7 @@ from instance.types import RequestStatus
 from instance.vllm.codec import decode_state, encode_state
 from instance.vllm.host import VllmEngine
 from migration.types import StoppedRequest
+from tests.contract.chunk_suite import ChunkContract
 from tests.support.cases import CASES, params
 from tests.support.exactness import Comparison, Seen
 from tests.support.exactness_suite import PROMPT, Compare, comparisons
@@ -103,6 +104,17 @@ def test_a_half_computed_prompt_moves_exactly(case: str, compare: Compare, chunk
     assert ferried.settled_tokens == 192 and ferried.committed.num_output_tokens == 0
     comparison.pair.finish(comparison.second, request_id)
     assert comparison.seen(request_id) == expected
+
+
+class TestEnginesInSmallChunks(ChunkContract):
+    """What the contract suite asks of them; here, where such engines run: an engine costs a gigabyte."""
+
+    @pytest.fixture
+    def pair(self, chunking_kit: VllmKit) -> Iterator[EnginePair]:
+        pair = EnginePair(chunking_kit)
+        yield pair
+        pair.drain()
+        pair.close()
 
 
 def test_prompt_logprobs_that_are_not_complete_are_refused_with_the_reason(
