@@ -76,6 +76,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     for flag, count in counts.items():
         _require(count >= 1, f"{flag} is {count}, it must be at least 1")
     _require(0 <= urgent < 1, f"--urgent is {urgent:g}, it must be a share below 1")
+    _require(out is None or out.parent.is_dir(), f"--json: there is no folder {out.parent if out else ''}")
     question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent)
     if profiles is not None:
         question = replace(question, times=_times(profiles, model))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
@@ -87,16 +87,18 @@ def compare(question: Question, arms: Sequence[str], seeds: Sequence[int]) -> It
     if num_workers <= 1:
         yield from (live(*job) for job in jobs)
         return
+    days: list[Future[Day]] = []
+    others = active_children()
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         try:
             with _holding_ctrl_c():
-                days = [pool.submit(live, *job) for job in jobs]  # starts the workers
+                days += [pool.submit(live, *job) for job in jobs]  # starts the workers
             for day in days:
                 yield day.result()
-        except BaseException:  # Ctrl-C: nobody waits for days that nobody wants
-            for process in active_children():
-                process.terminate()
-            raise
+        finally:
+            if not all(day.done() for day in days):  # Ctrl-C: the pool would wait for days that nobody wants
+                for process in set(active_children()) - set(others):
+                    process.terminate()
 
 
 @contextmanager

@@ -51,11 +51,6 @@ class Sequence:
     status: RequestStatus = RequestStatus.WAITING
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Urgent first: a lower priority number, then earlier arrival; arrivals are unique."""
-        return (self.priority, self.arrival)
-
-    @property
     def num_output(self) -> int:
         return self.tokens - self.num_prompt
 
@@ -65,6 +60,7 @@ class Sequence:
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Urgent first: a lower priority number, then earlier arrival; arrivals are unique."""
     return (sequence.priority, sequence.arrival)
 
 

@@ -104,15 +104,6 @@ def trace(path: Path, count: int | None = None) -> list[Arrival]:
     ]
 
 
-def with_lengths(arrivals: Sequence[Arrival], lengths: Sequence[tuple[int, int]], rng: Random) -> list[Arrival]:
-    """The same times with (prompt, answer) drawn from these pairs."""
-    drawn = rng.choices(lengths, k=len(arrivals))
-    return [
-        replace(one, num_prompt=max(1, prompt), num_answer=max(1, answer), max_tokens=max(1, answer))
-        for one, (prompt, answer) in zip(arrivals, drawn, strict=True)
-    ]
-
-
 def faster(arrivals: Sequence[Arrival], factor: float) -> list[Arrival]:
     """The same requests in 1/factor of the time, from the first one's on."""
     began_s = arrivals[0].at_s if arrivals else 0.0
