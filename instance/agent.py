@@ -51,7 +51,6 @@ from migration.messages import Commit, Grow, Prepare, Reserve
 from migration.params import IncomingParams, MigrationParams
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 
-TICK_S = 0.05
 MAX_REPORTED_REQUESTS = 4096
 MAX_FENCED = 4096
 STOP_GRACE_S = 1.0
@@ -188,8 +187,10 @@ class Agent:
     def on_step(self, done: StepDone) -> None:
         """One step: a frame to every gateway that has tokens in it."""
         elapsed_s = done.time.end_s - done.time.start_s
-        self._step_time_s = smooth_step_time(self._step_time_s, elapsed_s, done.result.num_decoding)
-        self._steps = add_step(self._steps, done.result.work, max(elapsed_s, self._loop.min_step_s))
+        work = done.result.work
+        step_s = elapsed_s / work.num_steps
+        self._step_time_s = smooth_step_time(self._step_time_s, step_s, done.result.num_decoding, work.num_steps)
+        self._steps = add_step(self._steps, work, max(elapsed_s, self._loop.min_step_s))
         if not done.result.outputs:
             return
         now_s = self._loop.now_s()
@@ -322,7 +323,7 @@ class Agent:
     async def _report_load(self) -> None:
         while True:
             self._publish_load()
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self._subscribers.due_in_s(self._loop.now_s()))
 
     def _publish_load(self) -> None:
         for address in self._subscribers.take_due(self._loop.now_s()):
@@ -347,10 +348,10 @@ class Agent:
 
     async def _report_requests(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self._subscribers.requests_due_in_s(self._loop.now_s()))
             now_s = self._loop.now_s()
             if addresses := self._subscribers.take_due_requests(now_s):
-                views = await self._loop.call(lambda engine: engine.requests())
+                views = await self._loop.look(lambda engine: engine.requests())
                 report = RequestReport(
                     instance=self._own.instance,
                     epoch=self._own.epoch,
@@ -365,7 +366,7 @@ class Agent:
             await asyncio.sleep(CACHED_INTERVAL_S)
             self._cached.keep(self._subscribers.addresses())
             if self._cached.is_wanted:
-                self._cached.note(await self._loop.call(lambda engine: engine.take_cached_changes()))
+                self._cached.note(await self._loop.look(lambda engine: engine.take_cached_changes()))
                 for address, message in self._cached.take_due():
                     self._mailbox.send(address, message)
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from instance.engine import Engine
 from instance.errors import EngineFailed
 from instance.types import EngineFacts, EngineLoad, StepResult
@@ -28,8 +30,7 @@ STOP_GRACE_S = 10.0
 """A stop waits this long for the step that runs; then the (daemon) thread is left behind."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
+class StepTime(msgspec.Struct, frozen=True):
     """When one step ran (time.monotonic()), and what it did."""
 
     start_s: float
@@ -38,12 +39,11 @@ class StepTime:
     num_decoding: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """One step, as the asyncio loop hears of it."""
+class StepDone(msgspec.Struct, frozen=True):
+    """One step, as the asyncio loop hears of it; or several, told at once (`StepWork.num_steps`)."""
 
     step: int
-    """Counts the steps from 1."""
+    """Counts the steps from 1; of several the last one."""
     time: StepTime
     result: StepResult
     load: EngineLoad
@@ -129,6 +129,10 @@ class EngineLoop:
         The future fails with EngineFailed when the engine has ended, else with what `fn` raised.
         """
         return self._enqueue(_Visit(fn, self._loop.create_future(), then, retry=False))
+
+    def look(self, fn: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """As `call`, for what changes nothing that steps depend on: a host that makes many at once goes on."""
+        return self.call(fn)
 
     def call_until(self, fn: Callable[[Engine], T | None]) -> asyncio.Future[T]:
         """As `call`, but while `fn` returns None it is tried again after every step, in the order of the calls."""

@@ -60,5 +60,8 @@ class EngineHost(Protocol):
         The future fails with EngineFailed when the engine has ended, else with what `fn` raised.
         """
 
+    def look(self, fn: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """As `call`, for what changes nothing that steps depend on."""
+
     def call_until(self, fn: Callable[[Engine], T | None]) -> asyncio.Future[T]:
         """As `call`, but while `fn` returns None it is tried again after every step, in the order of the calls."""

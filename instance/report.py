@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import msgspec
+
 from instance.lifecycle import State
 from instance.messages import NO_STEPS, WIDE_STEP_TOKENS, LoadReport, StepTotals
 from instance.types import EngineLoad, StepWork
 
 REPORT_INTERVAL_S = 0.1
 REQUEST_REPORT_INTERVAL_S = 0.25
+MIN_PAUSE_S = 0.005
+"""Between two looks at who is due, whatever the clock's rounding."""
 MAX_SUBSCRIBERS = 256
 MAX_LEASE_S = 60.0
 STEP_TIME_WEIGHT = 0.1
 """Weight of the newest step in the smoothed step time: about the last twenty steps count."""
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """What a report says beside the engine's load."""
 
     instance: str
@@ -62,15 +65,16 @@ def load_report(standing: Standing, load: EngineLoad, submits_seen: int) -> Load
 
 
 def add_step(totals: StepTotals, work: StepWork, elapsed_s: float) -> StepTotals:
-    """The totals with one more step. Not counted: one that computed nothing, or whose clock did not move."""
+    """The totals with one more step (or several alike, which took so long together). Not counted: one that computed
+    nothing, or whose clock did not move."""
     num_tokens = work.num_prefill_tokens + work.num_decode_tokens
     if num_tokens == 0 or elapsed_s <= 0.0:
         return totals
     return StepTotals(
-        totals.num_steps + 1,
+        totals.num_steps + work.num_steps,
         totals.num_prefill_tokens + work.num_prefill_tokens,
         totals.num_decode_tokens + work.num_decode_tokens,
-        totals.num_wide_tokens + max(0, num_tokens - WIDE_STEP_TOKENS),
+        totals.num_wide_tokens + max(0, num_tokens - work.num_steps * WIDE_STEP_TOKENS),
         totals.num_decoding + work.num_decoding,
         totals.num_context_tokens + work.num_context_tokens,
         totals.num_attended_pairs + work.num_attended_pairs,
@@ -78,13 +82,14 @@ def add_step(totals: StepTotals, work: StepWork, elapsed_s: float) -> StepTotals
     )
 
 
-def smooth_step_time(previous_s: float, observed_s: float, num_decoding: int) -> float:
-    """Exponentially weighted mean over the steps that decoded; the first one counts whole."""
+def smooth_step_time(previous_s: float, observed_s: float, num_decoding: int, num_steps: int = 1) -> float:
+    """Exponentially weighted mean over the steps that decoded; the first one counts whole. `num_steps`: so many, which
+    took `observed_s` each."""
     if num_decoding == 0:
         return previous_s
     if previous_s == 0.0:
         return observed_s
-    return previous_s + STEP_TIME_WEIGHT * (observed_s - previous_s)
+    return observed_s + (1.0 - STEP_TIME_WEIGHT) ** num_steps * (previous_s - observed_s)
 
 
 @dataclass(slots=True)
@@ -139,6 +144,18 @@ class Subscribers:
         for address in due:
             self._by_address[address].last_requests_s = now_s
         return tuple(due)
+
+    def due_in_s(self, now_s: float) -> float:
+        """Until `take_due` may find somebody: between MIN_PAUSE_S and REPORT_INTERVAL_S."""
+        last_s = min((s.last_report_s for s in self._by_address.values()), default=now_s)
+        return min(max(last_s + REPORT_INTERVAL_S - now_s, MIN_PAUSE_S), REPORT_INTERVAL_S)
+
+    def requests_due_in_s(self, now_s: float) -> float:
+        """Until `take_due_requests` may: MIN_PAUSE_S at least; soon, while nobody wants to hear of requests."""
+        wanted_s = [s.last_requests_s for s in self._by_address.values() if s.with_requests]
+        if not wanted_s:
+            return REPORT_INTERVAL_S
+        return max(min(wanted_s) + REQUEST_REPORT_INTERVAL_S - now_s, MIN_PAUSE_S)
 
     def make_all_due(self, now_s: float) -> None:
         """A state changed: everyone hears of it at the next turn."""

@@ -61,7 +61,9 @@ class Relay:
     """All streams of one gateway."""
 
     def __init__(self, max_held_entries: int = MAX_HELD_ENTRIES) -> None:
-        self._streams: dict[RequestId, Stream] = {}
+        self._streams: dict[str, Stream] = {}
+        self._gaps: set[str] = set()
+        """Streams that hold entries."""
         self._max_held = max_held_entries
         self.num_duplicates = 0
         self.num_overflows = 0
@@ -83,6 +85,7 @@ class Relay:
     def close(self, request_id: RequestId) -> None:
         """Forget a stream; what still comes for it is dropped."""
         self._streams.pop(request_id, None)
+        self._gaps.discard(request_id)
 
     def owner(self, request_id: RequestId) -> Owner | None:
         stream = self._streams.get(request_id)
@@ -99,8 +102,12 @@ class Relay:
 
     def has_gap(self, request_id: RequestId) -> bool:
         """True: later tokens are here, earlier ones are missing."""
-        stream = self._streams.get(request_id)
-        return stream is not None and bool(stream.held)
+        return request_id in self._gaps
+
+    @property
+    def has_gaps(self) -> bool:
+        """True: of at least one request."""
+        return bool(self._gaps)
 
     def owned_by(self, owner: Owner) -> tuple[RequestId, ...]:
         return tuple(stream.request_id for stream in self._streams.values() if stream.owner == owner)
@@ -109,16 +116,29 @@ class Relay:
         """Take what one frame brings; return what may go to the clients now, and who changed hands."""
         out: list[OutputEntry] = []
         moves: list[OwnerMoved] = []
+        streams = self._streams
         for entry in entries:
-            stream = self._streams.get(RequestId(entry.request_id))
+            stream = streams.get(entry.request_id)
             if stream is None:
                 continue
             end = entry.offset + len(entry.token_ids)
             if end > stream.highest:
-                moves.extend(_take_over(stream, sender, entry.offset))
+                if sender != stream.owner:
+                    moves.extend(_take_over(stream, sender, entry.offset))
                 stream.highest = end
+                if not stream.held and entry.offset == len(stream.tokens):
+                    # Nearly every entry: the next tokens, and nothing waits for them.
+                    stream.tokens.extend(entry.token_ids)
+                    out.append(entry)
+                    if entry.finish_reason is not None:
+                        del streams[entry.request_id]
+                    continue
             self._hold(stream, entry)
             out.extend(self._release(stream))
+            if stream.held and entry.request_id in streams:
+                self._gaps.add(entry.request_id)
+            else:
+                self._gaps.discard(entry.request_id)
         return Relayed(tuple(out), tuple(moves))
 
     def on_owner_changed(self, request_id: RequestId, owner: Owner, offset: int) -> tuple[OwnerMoved, ...]:
@@ -171,6 +191,8 @@ class Relay:
             assert stream.next_offset not in stream.held, "a deliverable entry is held"
             assert stream.num_held <= self._max_held, "held entries are bounded"
             assert stream.highest >= stream.next_offset
+        gaps = {request_id for request_id, stream in self._streams.items() if stream.held}
+        assert self._gaps == gaps, "the streams with gaps are told wrong"
 
 
 def _take_over(stream: Stream, owner: Owner, offset: int) -> tuple[OwnerMoved, ...]:

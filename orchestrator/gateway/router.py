@@ -142,8 +142,7 @@ class Router:
         """End every request (those of `among` that are here) with this failure, here and at the instances."""
         named = self._flights if among is None else {self._wire_ids.get(one, one) for one in among}
         request_ids = tuple(one for one in named if one in self._flights)
-        aborts = self._abort_everywhere(request_ids)
-        return aborts + [effect for one in request_ids for effect in self._fail(one, failure)]
+        return sum((self._fail(one, failure) for one in request_ids), self._abort_everywhere(request_ids))
 
     # ---- what instances say
     def on_message(self, message: FleetMessage, now_s: float) -> list[Effect]:
@@ -184,6 +183,16 @@ class Router:
         self._on_report(frame.load, now_s)
         relayed = self.relay.on_entries(sender, frame.entries)
         self._on_moves(relayed.moves)
+        if self._unanswered or self._suspect or self._gap_since or self.relay.has_gaps:
+            self._on_heard(frame, now_s)
+        entries = []
+        for entry in relayed.entries:
+            entries.append(self._flights[RequestId(entry.request_id)].as_client_knows_it(entry))
+            if entry.finish_reason is not None:
+                self._drop(RequestId(entry.request_id))
+        return [Deliver(sender, tuple(entries), frame.sent_s)] if entries else []
+
+    def _on_heard(self, frame: Frame, now_s: float) -> None:
         for entry in frame.entries:
             request_id = RequestId(entry.request_id)
             self._unanswered.discard(request_id)
@@ -194,17 +203,10 @@ class Router:
                 self._gap_since.setdefault(request_id, now_s)
             elif self._gap_since:
                 self._gap_since.pop(request_id, None)
-        entries = tuple(
-            self._flights[RequestId(entry.request_id)].as_client_knows_it(entry) for entry in relayed.entries
-        )
-        for entry in relayed.entries:
-            if entry.finish_reason is not None:
-                self._drop(RequestId(entry.request_id))
-        return [Deliver(sender, entries, frame.sent_s)] if entries else []
 
     def _on_moves(self, moves: tuple[OwnerMoved, ...]) -> None:
+        self.counts.moved += len(moves)
         for move in moves:
-            self.counts.moved += 1
             self._orphaned.pop(move.request_id, None)
             self._unanswered.discard(move.request_id)
 
@@ -232,9 +234,8 @@ class Router:
     def on_unsent(self, request_id: str, now_s: float) -> list[Effect]:
         """A submission could not be queued for its instance: as if refused."""
         owner = self.relay.owner(RequestId(request_id))
-        if owner is None:
-            return []
-        return self._on_answer(SubmitAnswer(request_id, owner[0], owner[1], "its inbox is full"), now_s)
+        answer = None if owner is None else SubmitAnswer(request_id, *owner, "its inbox is full")
+        return [] if answer is None else self._on_answer(answer, now_s)
 
     # ---- time
     def tick(self, now_s: float) -> list[Effect]:
@@ -278,8 +279,7 @@ class Router:
     def _give_up_unanswered(self, now_s: float) -> list[Effect]:
         # The same id is never sent twice to an instance that has not refused it: the first may have run, and moved.
         effects: list[Effect] = []
-        late_s = now_s - self._params.unanswered_for_s
-        late = [one for one in self._unanswered if self._flights[one].sent_s < late_s]
+        late = [one for one in self._unanswered if self._flights[one].sent_s < now_s - self._params.unanswered_for_s]
         seen = self._book.submits_seen(now_s) if late else {}
         very_late_s = now_s - self._params.unanswered_though_seen_for_s
         for request_id in late:

@@ -131,8 +131,14 @@ class Pace:
         self._table: Floats = np.zeros((len(COLUMNS), len(self._rows)))
         self._columns = dict(zip(COLUMNS, self._table, strict=True))
         self._columns["prefill_room"][:] = 1.0  # of those that have not reported: nobody asks, but it is divided by
-        for report in self._reports.values():
-            self._write(report)
+        self._unwritten = dict.fromkeys(self._reports)
+
+    def _written(self) -> dict[str, Floats]:
+        """The columns. Most requests want nothing: a report is written when somebody asks what they say."""
+        for name in self._unwritten:
+            self._write(self._reports[name])
+        self._unwritten.clear()
+        return self._columns
 
     def on_report(self, report: LoadReport) -> None:
         """A report that the dispatch book has taken in: of a member, and no older than the last."""
@@ -140,7 +146,7 @@ class Pace:
         if self._rows.get(name, (0, None))[1] == report.epoch:
             self._reports[name] = report
             self.times.on_report(report)
-            self._write(report)
+            self._unwritten[name] = None
 
     def _write(self, report: LoadReport) -> None:
         """What a prediction needs of a member, as far as it does not depend on the request."""
@@ -180,7 +186,7 @@ class Pace:
     ) -> Floats:
         """`unseen`, `unseen_blocks`: own dispatches that no report has seen yet, and their demand. `saved_tokens`: how
         much of the prompt's beginning a member has cached. That is not computed, but the rest attends to it."""
-        of = self._columns
+        of = self._written()
         sent_tokens = unseen_blocks * of["block_size"]
         before = of["waiting_tokens"] + sent_tokens
         ahead = before + np.maximum(1.0, num_prompt_tokens - saved_tokens)
@@ -196,7 +202,7 @@ class Pace:
         return ttft_s
 
     def predicted_tpot_s(self, unseen: Floats, unseen_blocks: Floats, num_prompt_tokens: int) -> Floats:
-        of = self._columns
+        of = self._written()
         batch = np.minimum(of["batch"] + unseen + 1.0, of["slots"])
         context = of["context"] + unseen_blocks * of["block_size"] + num_prompt_tokens
         tpot_s: Floats = of["per_base"] + of["per_decode"] * batch + of["per_context_token"] * context
@@ -207,8 +213,10 @@ class Pace:
         """Raise AssertionError unless it knows just these members, and the columns are those of their reports."""
         assert {(name, epoch) for name, (_, epoch) in self._rows.items()} == set(members)
         assert self._reports.keys() <= self._rows.keys()
+        self._written()
         kept = self._table.copy()
         self._make_columns()
+        self._written()
         assert np.array_equal(kept, self._table), "predictions rest on stale columns"
 
     # ---- a choice

@@ -58,7 +58,7 @@ class StepTimeParams:
     """Then what was known is scaled to the new speed and keeps this share of its weight."""
     ridge_rows: float = 0.1
     """So many rows' worth does it cost when a coefficient is off its prior by as much as the prior."""
-    solve_each_row_until: int = 32
+    solve_each_row_until: int = 12
     solve_every: int = 16
     """From then on."""
     min_prior_rows: int = 16

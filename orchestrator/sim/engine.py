@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import msgspec
@@ -16,6 +15,7 @@ from instance.types import (
     CommittedRequest,
     EngineFacts,
     EngineLoad,
+    EngineOutput,
     EngineRefusal,
     PriorityAnswer,
     RequestStatus,
@@ -86,6 +86,8 @@ class LengthEngine:
         self._reserved: dict[MigrationId, _Reserved] = {}
         self._aborted: dict[RequestId, None] = {}
         self._num_arrivals = 0
+        self.leaving: list[EngineOutput] = []
+        """What requests that were stopped had got and nobody was told yet: whoever stops them tells it."""
 
     @property
     def facts(self) -> EngineFacts:
@@ -140,19 +142,19 @@ class LengthEngine:
     def step(self) -> StepResult:
         if self.runs.begin(0.0, 0.0) is None:
             return StepResult((), executed=False, num_scheduled_tokens=0, num_decoding=0)
-        return self.runs.end()[-1].result
+        return self.runs.end().result
 
     def load(self) -> EngineLoad:
         batch = self.batch
-        demands = [batch.blocks_for(one.tokens) for one in batch.in_order_of_waiting()]
+        head = batch.head_of_line()
         return EngineLoad(
             free_blocks=batch.free,
-            reserved_blocks=sum(one.blocks for one in self._reserved.values()),
+            reserved_blocks=sum(one.blocks for one in self._reserved.values()) if self._reserved else 0,
             num_running=len(batch.running),
-            num_waiting=len(demands),
-            running_by_priority=tuple(sorted(Counter(one.priority for one in batch.running).items())),
-            head_of_line_blocks=demands[0] if demands else 0,
-            waiting_blocks=sum(demands),
+            num_waiting=len(batch.holding) + len(batch.waiting),
+            running_by_priority=batch.running_by_priority(),
+            head_of_line_blocks=0 if head is None else batch.blocks_for(head.tokens),
+            waiting_blocks=batch.waiting_blocks,
             num_preemptions=batch.num_preemptions,
         )
 
@@ -196,6 +198,7 @@ class LengthEngine:
             return NotStopped.ABORTED if request_id in self._aborted else NotStopped.FINISHED
         if not sequence.movable:
             return NotStopped.UNMOVABLE
+        self.leaving.extend(self.runs.untold(sequence))
         self.batch.take_out(sequence)
         sequence.status = RequestStatus.MIGRATING_OUT
         computed = 0 if without_kv else sequence.computed
@@ -299,6 +302,7 @@ class LengthEngine:
             tokens=ask.num_prompt + moved.num_output,
             computed=moved.computed,
             blocks=blocks,
+            num_told=moved.num_output,
         )
         self.batch.sequences[request_id] = sequence
         self.batch.put_back(sequence)

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from instance.errors import EngineFailed
 from instance.loop import StepDone, StepTime
 from instance.report import REPORT_INTERVAL_S
-from instance.types import EngineLoad
+from instance.types import EngineLoad, StepResult
 from orchestrator.sim.engine import LengthEngine
 
 T = TypeVar("T")
@@ -78,6 +78,25 @@ class SimHost:
     def call(self, fn: Callable[[LengthEngine], T], then: Callable[[T], None] | None = None) -> asyncio.Future[T]:
         return self._enqueue(_Visit(fn, self._loop.create_future(), then, retry=False))
 
+    def look(self, fn: Callable[[LengthEngine], T]) -> asyncio.Future[T]:
+        """When the step that is being made ends; the run goes on."""
+        runs, now_s = self._engine.runs, self._loop.time()
+        if self._has_ended or self._is_hanging or not runs.is_stepping:
+            return self.call(fn)
+        visit = _Visit(fn, self._loop.create_future(), None, retry=False)
+        visit.future.add_done_callback(_retrieve)
+        self._loop.call_at(runs.boundary_after(now_s), self._look, visit)
+        return visit.future
+
+    def _look(self, visit: _Visit[Any]) -> None:
+        if self._has_ended:
+            visit.future.cancel()
+        elif self._is_hanging:
+            self._visits.append(visit)
+        else:
+            self._engine.runs.settle(self._loop.time())
+            self._try(visit)
+
     def call_until(self, fn: Callable[[LengthEngine], T | None]) -> asyncio.Future[T]:
         return self._enqueue(_Visit(fn, self._loop.create_future(), None, retry=True))
 
@@ -124,13 +143,12 @@ class SimHost:
 
     def _at_end_of_run(self) -> None:
         self._timer = None
-        made = self._engine.runs.end()
+        made = self._engine.runs.end(self._run_s)
         self._load = self._engine.load()
-        for one in made:
-            self._num_steps += 1
-            result = one.result
-            time = StepTime(one.start_s, one.end_s, result.num_scheduled_tokens, result.num_decoding)
-            self._on_step(StepDone(self._num_steps, time, result, self._load))
+        result = made.result
+        self._num_steps += result.work.num_steps
+        time = StepTime(made.start_s, made.end_s, result.num_scheduled_tokens, result.num_decoding)
+        self._on_step(StepDone(self._num_steps, time, result, self._load))
         if self._pending:
             self._pending = [visit for visit in self._pending if not self._try(visit)]
         self._attend()
@@ -163,6 +181,8 @@ class SimHost:
             if not visit.future.done():
                 visit.future.set_exception(error)
             return True
+        if self._engine.leaving:
+            self._tell_leaving()
         if result is None and visit.retry:
             return False
         if visit.then is not None:
@@ -170,6 +190,13 @@ class SimHost:
         if not visit.future.done():
             visit.future.set_result(result)
         return True
+
+    def _tell_leaving(self) -> None:
+        """A request that was stopped has told all it has got before anybody hears that it was stopped."""
+        now_s, outputs = self._loop.time(), tuple(self._engine.leaving)
+        self._engine.leaving.clear()
+        nothing = StepResult(outputs, executed=False, num_scheduled_tokens=0, num_decoding=0)
+        self._on_step(StepDone(self._num_steps, StepTime(now_s, now_s, 0, 0), nothing, self._load))
 
     def _set_timer(self, at_s: float) -> None:
         self._stop_timer()

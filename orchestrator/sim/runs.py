@@ -6,13 +6,18 @@ somebody wants to visit the engine, and what it has made by then is taken in whe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import msgspec
 
 from instance.types import EngineOutput, StepResult, StepWork, step_work
 from orchestrator.sim.lengths import Batch, Sequence
-from orchestrator.sim.steptime import StepTimes
+from orchestrator.sim.steptime import Chunk, StepTimes
 
 _STOP, _LENGTH = 0, 1
+_INSTANT_S = 1e-9
 
 
 @dataclass(slots=True)
@@ -26,12 +31,13 @@ class _Run:
     context_tokens: int
     """That those which decode read in the first step."""
     ends_s: float
+    first_s: float
+    """That its first step takes."""
     num_made: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One step of a run that is over."""
+class Made(msgspec.Struct, frozen=True):
+    """A run that is over. What its requests have got may be told later: see `Runs.end`."""
 
     start_s: float
     end_s: float
@@ -45,6 +51,8 @@ class Runs:
         self._batch = batch
         self._times = times
         self._run: _Run | None = None
+        self._told_s = -math.inf
+        """When all that requests had got was told."""
         self.slowness = 1.0
         """A step takes so many times as long as it should."""
 
@@ -59,24 +67,32 @@ class Runs:
         plan = self._batch.schedule()
         if not plan:
             return None
-        decoding = [one for one, count in plan.items() if count == 1 and one.num_output > 0]
-        context = sum(one.computed for one in decoding)
-        if len(decoding) == len(plan):
-            within = self._times.decode_steps_within(len(decoding), context, limit_s / self.slowness)
-            num_steps = self._batch.steps_alike(plan, max(1, within))
+        chunks: list[Chunk] = []
+        num_decoding = context = 0
+        for one, count in plan.items():
+            if count == 1 and one.tokens > one.num_prompt:
+                num_decoding += 1
+                context += one.computed
+            else:
+                chunks.append((count, one.computed))
+        if not chunks:
+            first_s = self._times.step_s((), num_decoding, context)
+            limit = max(1, self._times.steps_within(first_s, num_decoding, limit_s / self.slowness))
+            num_steps = self._batch.steps_alike(plan, limit)
             if num_steps:
-                took_s = self.slowness * self._times.decode_steps_s(len(decoding), context, num_steps)
-                self._run = _Run(plan, start_s, num_steps, True, context, start_s + took_s)
+                took_s = self.slowness * self._times.steps_s(first_s, num_decoding, num_steps)
+                self._run = _Run(plan, start_s, num_steps, True, context, start_s + took_s, first_s)
                 return self._run.ends_s
-        chunks = [(count, one.computed) for one, count in plan.items() if count != 1 or one.num_output == 0]
-        took_s = self.slowness * self._times.step_s(chunks, len(decoding), context)
-        self._run = _Run(plan, start_s, 1, False, context, start_s + took_s)
+        took_s = self.slowness * self._times.step_s(chunks, num_decoding, context)
+        self._run = _Run(plan, start_s, 1, False, context, start_s + took_s, took_s)
         return self._run.ends_s
 
     def boundary_after(self, now_s: float) -> float:
         """When the step that is being made at that time ends."""
         run = self._run
         assert run is not None, "no run is under way"
+        if not run.is_alike:
+            return run.ends_s
         return min(run.ends_s, run.start_s + self._alike_s(run, self._made_by(run, now_s) + 1))
 
     def cut(self, at_s: float) -> None:
@@ -98,50 +114,58 @@ class Runs:
         run.num_made = num_made
         return True
 
-    def end(self) -> list[Made]:
-        """The run is over: its steps, with the tokens of all of them in the last one's outputs."""
+    def end(self, tell_every_s: float = 0.0) -> Made:
+        """The run is over. Its outputs are all tokens that have not been told yet; of requests that neither begin nor
+        end with it they are left for later, until `tell_every_s` has passed since all was told."""
         run, self._run = self._run, None
         assert run is not None, "no run is under way"
-        if not run.is_alike:
+        if run.is_alike:
+            self._batch.advance(run.plan, run.num_steps - run.num_made)
+            num, num_steps = len(run.plan), run.num_steps
+            grown = num * (num_steps * (num_steps - 1) // 2)
+            work = StepWork(0, num * num_steps, num * num_steps, run.context_tokens * num_steps + grown, 0, num_steps)
+            given: Iterable[Sequence] = run.plan
+        else:
             work = step_work((num, one.computed, num == 1 and one.num_output > 0) for one, num in run.plan.items())
             given = self._batch.compute(run.plan)
-            return [Made(run.start_s, run.ends_s, _result(self._outputs(given, 1), work))]
-        self._batch.advance(run.plan, run.num_steps - run.num_made)
-        outputs, num = self._outputs(list(run.plan), run.num_steps), len(run.plan)
-        made = []
-        start_s = run.start_s
-        for index in range(run.num_steps):
-            is_last = index == run.num_steps - 1
-            end_s = run.ends_s if is_last else run.start_s + self._alike_s(run, index + 1)
-            work = StepWork(0, num, num, run.context_tokens + index * num, 0)
-            made.append(Made(start_s, end_s, _result(outputs if is_last else (), work)))
-            start_s = end_s
-        return made
+        tells_all = tell_every_s <= 0.0 or run.ends_s >= self._told_s + tell_every_s - _INSTANT_S
+        if tells_all:
+            self._told_s = run.ends_s
+            given = [*self._batch.take_untold(), *self._batch.running]
+        outputs = self._outputs(given, tells_all)
+        num_tokens = work.num_prefill_tokens + work.num_decode_tokens
+        return Made(run.start_s, run.ends_s, StepResult(outputs, True, num_tokens, work.num_decoding, work))
+
+    def untold(self, one: Sequence) -> tuple[EngineOutput, ...]:
+        """What this one has got and nobody was told: it counts as told now."""
+        num_new = one.tokens - one.num_prompt - one.num_told
+        if num_new <= 0:
+            return ()
+        one.num_told += num_new
+        return (EngineOutput(one.request_id, (0,) * num_new, None, None, ()),)
 
     def _alike_s(self, run: _Run, num_steps: int) -> float:
-        if not run.is_alike:
-            return run.ends_s - run.start_s
-        return self.slowness * self._times.decode_steps_s(len(run.plan), run.context_tokens, num_steps)
+        return self.slowness * self._times.steps_s(run.first_s, len(run.plan), num_steps)
 
     def _made_by(self, run: _Run, now_s: float) -> int:
-        if not run.is_alike:
-            return int(now_s >= run.ends_s)
         if now_s >= run.ends_s:
             return run.num_steps
-        seconds = max(0.0, now_s - run.start_s) / self.slowness
-        return self._times.decode_steps_within(len(run.plan), run.context_tokens, seconds)
+        if not run.is_alike:
+            return 0
+        return self._times.steps_within(run.first_s, len(run.plan), max(0.0, now_s - run.start_s) / self.slowness)
 
-    def _outputs(self, given: list[Sequence], num_tokens: int) -> tuple[EngineOutput, ...]:
-        tokens, outputs = (0,) * num_tokens, []
+    def _outputs(self, given: Iterable[Sequence], tells_all: bool) -> tuple[EngineOutput, ...]:
+        outputs = []
         for one in given:
+            num_output, num_told = one.tokens - one.num_prompt, one.num_told
+            is_over = num_output >= one.num_answer
+            if num_output <= num_told or not (tells_all or is_over or num_told == 0):
+                continue
             finish = None
-            if one.is_over:
-                finish = _LENGTH if one.num_output >= one.max_tokens else _STOP
+            if is_over:
+                finish = _LENGTH if num_output >= one.max_tokens else _STOP
+            one.num_told = num_output
+            outputs.append(EngineOutput(one.request_id, (0,) * (num_output - num_told), finish, None, ()))
+            if is_over:
                 self._batch.remove(one)
-            outputs.append(EngineOutput(one.request_id, tokens, finish, None, ()))
         return tuple(outputs)
-
-
-def _result(outputs: tuple[EngineOutput, ...], work: StepWork) -> StepResult:
-    num_tokens = work.num_prefill_tokens + work.num_decode_tokens
-    return StepResult(outputs, True, num_tokens, work.num_decoding, work)

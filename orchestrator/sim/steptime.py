@@ -80,22 +80,24 @@ class StepTimes:
             + attention.seconds(chunks, num_decoding, context_tokens)
         )
 
-    def decode_steps_s(self, num_decoding: int, context_tokens: int, num_steps: int) -> float:
-        """Of so many steps in which nothing happens but that `num_decoding` requests get a token each: their context
-        grows by one token each a step, so the sum is in closed form."""
-        grown = num_decoding * num_steps * (num_steps - 1) // 2
-        first_s = self.step_s((), num_decoding, context_tokens)
+    def steps_s(self, first_s: float, num_decoding: int, num_steps: int) -> float:
+        """Of so many steps in which nothing happens but that `num_decoding` requests get a token each; the first one
+        takes `first_s`. Their context grows by one token each a step, so the sum is in closed form."""
+        grown = num_decoding * (num_steps * (num_steps - 1) // 2)
         return num_steps * first_s + self.attention.context_s * grown
 
-    def decode_steps_within(self, num_decoding: int, context_tokens: int, seconds: float) -> int:
-        """How many such steps have ended after so many seconds, the end of the last one included."""
-        first_s = self.step_s((), num_decoding, context_tokens)
+    def steps_within(self, first_s: float, num_decoding: int, seconds: float) -> int:
+        """How many such steps have ended after so many seconds, the end of the last one included.
+
+        Raises:
+            ValueError: a step takes no time.
+        """
         if first_s <= 0.0:
             raise ValueError("a step must take time")
         num_steps = int(seconds / first_s)  # no fewer than there are: steps only get longer
-        while num_steps and self.decode_steps_s(num_decoding, context_tokens, num_steps) > seconds + _INSTANT_S:
+        while num_steps and self.steps_s(first_s, num_decoding, num_steps) > seconds + _INSTANT_S:
             num_steps -= 1
-        while self.decode_steps_s(num_decoding, context_tokens, num_steps + 1) <= seconds + _INSTANT_S:
+        while self.steps_s(first_s, num_decoding, num_steps + 1) <= seconds + _INSTANT_S:
             num_steps += 1
         return num_steps
 

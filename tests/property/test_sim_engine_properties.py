@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from instance.engine import Engine
 from instance.fake_model import FakeRequest, encode_fake
 from instance.fake_scheduler import FakeConfig
-from instance.types import EngineLoad, RequestView, StepResult, Submission
+from instance.types import NO_WORK, EngineLoad, RequestView, StepResult, StepWork, Submission
 from migration.types import MigrationId, Refusal, RequestId, Reservation, StoppedRequest
 from orchestrator.sim.copying import LinkParams, Links, SimMover
 from orchestrator.sim.engine import Ask, LengthEngine, encode
@@ -182,21 +182,56 @@ def test_a_run_of_steps_ends_where_single_steps_do(asked: list[Add], watched: li
         now_s, looking = 0.0, iter(watched)
         while runs.has_work():
             made = _run_once(runs, now_s, limit_s, looking)
-            given_by_run, given_singly = _given([one.result for one in made]), _given([])
-            for one in made:
-                ended_s = single.runs.begin(one.start_s, 0.0)
-                assert ended_s is not None and abs(ended_s - one.end_s) < 1e-9
-                (step,) = single.runs.end()
-                assert step.result.work == one.result.work
-                _add_given(given_singly, step.result)
-            assert given_by_run == given_singly
+            given, work, at_s = _given([]), NO_WORK, made.start_s
+            for _ in range(made.result.work.num_steps):
+                ended_s = single.runs.begin(at_s, 0.0)
+                assert ended_s is not None
+                step, at_s = single.runs.end(), ended_s
+                work = _both(work, step.result.work)
+                _add_given(given, step.result)
+            assert abs(at_s - made.end_s) < 1e-9
+            assert made.result.work == work
+            assert _given([made.result]) == given
             assert runs.load() == single.load() and runs.requests() == single.requests()
-            now_s = made[-1].end_s
+            now_s = made.end_s
 
     run_jumping(play())
 
 
-def _run_once(engine: LengthEngine, now_s: float, limit_s: float, looking: object) -> list[Made]:
+@settings(max_examples=200)
+@given(st.lists(adds, min_size=1, max_size=8), st.floats(0.01, 0.5), st.floats(0.0, 0.5))
+def test_what_is_told_later_is_told_once_and_in_time(asked: list[Add], limit_s: float, every_s: float) -> None:
+    async def play() -> None:
+        engine = length_engine()
+        pair = Pair((engine, engine), is_fake=False)
+        for add in asked:
+            pair.do(add)
+        now_s, told, untold_since_s = 0.0, dict[RequestId, int](), dict[RequestId, float]()
+        while engine.has_work():
+            assert engine.runs.begin(now_s, limit_s) is not None
+            made = engine.runs.end(every_s)
+            now_s = made.end_s
+            for one in made.result.outputs:
+                assert one.token_ids
+                told[one.request_id] = told.get(one.request_id, 0) + len(one.token_ids)
+                untold_since_s.pop(one.request_id, None)
+            for view in engine.requests():
+                if view.num_output_tokens > told.get(view.request_id, 0):
+                    assert told.get(view.request_id), "a first token is told at once"
+                    since_s = untold_since_s.setdefault(view.request_id, made.start_s)
+                    assert made.start_s - since_s <= every_s, "it waits for the next time all is told"
+        assert told == {RequestId(f"r{index}"): add.num_answer for index, add in enumerate(asked)}
+
+    run_jumping(play())
+
+
+def _both(one: StepWork, other: StepWork) -> StepWork:
+    if one is NO_WORK:
+        return other
+    return StepWork(*(getattr(one, name) + getattr(other, name) for name in StepWork.__struct_fields__))
+
+
+def _run_once(engine: LengthEngine, now_s: float, limit_s: float, looking: object) -> Made:
     ends_s = engine.runs.begin(now_s, limit_s)
     assert ends_s is not None
     look = next(looking, None)  # type: ignore[call-overload]
@@ -209,7 +244,7 @@ def _run_once(engine: LengthEngine, now_s: float, limit_s: float, looking: objec
             engine.runs.cut(boundary_s)
             ends_s = boundary_s
     made = engine.runs.end()
-    assert abs(made[-1].end_s - ends_s) < 1e-9
+    assert abs(made.end_s - ends_s) < 1e-9
     return made
 
 

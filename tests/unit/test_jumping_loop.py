@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 
 import pytest
@@ -100,18 +99,31 @@ def test_a_limit_past_the_resolution_of_the_clock_is_refused() -> None:
         JumpingLoop(limit_s=2 * MAX_LIMIT_S)
 
 
-def test_bytes_in_a_real_socket_are_seen_before_the_clock_moves() -> None:
-    async def main() -> tuple[bytes, float]:
+def test_timers_of_one_instant_fire_in_the_order_in_which_they_were_set_and_cancelled_ones_do_not() -> None:
+    async def main() -> list[int]:
         loop = asyncio.get_running_loop()
-        left, right = socket.socketpair()
-        with left, right:
-            left.setblocking(False)
-            right.setblocking(False)
-            loop.call_later(60, lambda: None)
-            await loop.sock_sendall(left, b"ready")
-            return await loop.sock_recv(right, 5), loop.time()
+        fired: list[int] = []
+        timers = [loop.call_at(1.0, fired.append, number) for number in range(20)]
+        for timer in timers[::3]:
+            timer.cancel()
+        loop.call_later(0.5, timers[1].cancel)
+        await asyncio.sleep(2)
+        return fired
 
-    assert run_jumping(main()) == (b"ready", 0.0)
+    assert run_jumping(main()) == [number for number in range(20) if number % 3 and number != 1]
+
+
+def test_what_a_callback_raises_is_reported_and_the_loop_goes_on() -> None:
+    async def main() -> list[BaseException]:
+        loop = asyncio.get_running_loop()
+        reported: list[BaseException] = []
+        loop.set_exception_handler(lambda _, context: reported.append(context["exception"]))
+        loop.call_soon(int, "no number")
+        await asyncio.sleep(1)
+        return reported
+
+    (error,) = run_jumping(main())
+    assert isinstance(error, ValueError)
 
 
 def test_tasks_left_behind_are_cancelled_at_the_end() -> None:

@@ -11,7 +11,7 @@ from instance.errors import EngineFailed
 from instance.loop import StepDone
 from instance.messages import Abort, FleetMessage
 from instance.types import Submission
-from migration.types import RequestId
+from migration.types import RequestId, StoppedRequest
 from orchestrator.sim.copying import LinkParams, Links, SimMover
 from orchestrator.sim.engine import Ask, LengthEngine, encode
 from orchestrator.sim.host import SimHost
@@ -21,6 +21,8 @@ from orchestrator.sim.network import Network
 from orchestrator.sim.steptime import StepTimes
 
 STEP_S = 0.01
+RUN_STEPS = 10
+"""In a run that nobody cuts."""
 
 
 def said(*words: str) -> Abort:
@@ -28,7 +30,7 @@ def said(*words: str) -> Abort:
 
 
 # ---------------------------------------------------------------------- network
-def test_messages_arrive_in_order_after_the_latency() -> None:
+def test_messages_arrive_in_order_after_one_latency_or_two() -> None:
     async def play() -> list[tuple[float, FleetMessage]]:
         network, loop = Network(0.5), asyncio.get_running_loop()
         one, other = network.open("one"), network.open("other")
@@ -43,12 +45,12 @@ def test_messages_arrive_in_order_after_the_latency() -> None:
         assert one.send(other.address, said("a")) and one.send(other.address, said("b"))
         await asyncio.sleep(0.2)
         assert one.send(other.address, said("c"))
-        await asyncio.sleep(10.0)
+        await asyncio.sleep(10.1)
         assert one.send(other.address, said("d"))
         await listening
         return heard
 
-    assert run_jumping(play()) == [(0.5, said("a")), (0.5, said("b")), (0.7, said("c")), (10.7, said("d"))]
+    assert run_jumping(play()) == [(0.5, said("a")), (0.5, said("b")), (1.0, said("c")), (11.0, said("d"))]
 
 
 def test_nothing_comes_to_or_from_a_process_that_is_gone_and_what_is_lost_is_not_told() -> None:
@@ -92,8 +94,30 @@ def test_a_visit_waits_for_the_end_of_the_step_and_no_longer() -> None:
         await asyncio.sleep(3.5 * STEP_S)
         visited_s = await host.call(lambda _: loop.time())
         assert visited_s == pytest.approx(4 * STEP_S)
-        assert sum(len(one.token_ids) for step in steps for one in step.result.outputs) == 4
-        assert [step.step for step in steps] == [1, 2, 3, 4] and host.num_steps == 4
+        assert [step.step for step in steps] == [1, 4] and host.num_steps == 4
+        assert sum(step.result.work.num_steps for step in steps) == 4
+
+    with_host(play)
+
+
+def test_tokens_are_told_within_a_run_and_what_a_stopped_request_has_got_before_it_is_stopped() -> None:
+    async def play(host: SimHost, steps: list[StepDone]) -> None:
+        def num_told() -> int:
+            return sum(len(one.token_ids) for step in steps for one in step.result.outputs)
+
+        assert await host.call(lambda engine: engine.add(asked(1000))) is None
+        await asyncio.sleep(20.5 * STEP_S)
+        assert 20 - RUN_STEPS <= num_told() <= 20
+        await host.call(lambda _: 0)
+        told_when_stopped: list[int] = []
+        stopped = await host.call(
+            lambda engine: engine.try_stop(RequestId("r")), then=lambda _: told_when_stopped.append(num_told())
+        )
+        assert isinstance(stopped, StoppedRequest)
+        assert told_when_stopped == [stopped.num_output_tokens] == [22]
+        await host.call(lambda engine: engine.resume(RequestId("r")))
+        await asyncio.sleep(900 * STEP_S)
+        assert host.num_steps == sum(step.result.work.num_steps for step in steps if step.result.executed)
 
     with_host(play)
 

@@ -55,12 +55,13 @@ def test_a_profile_that_is_not_there_or_lacks_something_is_named() -> None:
 def test_steps_alike_take_as_long_together_as_one_by_one() -> None:
     times = StepTimes(0.01, 0.001, 4, 0.0005, 0.0003, Attention(0.001, 0.0002, 1e-5))
     one_by_one = [times.step_s((), 7, 900 + 7 * number) for number in range(40)]
+    first_s = one_by_one[0]
     for count in (1, 2, 17, 40):
-        assert times.decode_steps_s(7, 900, count) == pytest.approx(sum(one_by_one[:count]), rel=1e-12)
-        assert times.decode_steps_within(7, 900, sum(one_by_one[:count])) == count
-        assert times.decode_steps_within(7, 900, sum(one_by_one[:count]) - 1e-6) == count - 1
+        assert times.steps_s(first_s, 7, count) == pytest.approx(sum(one_by_one[:count]), rel=1e-12)
+        assert times.steps_within(first_s, 7, sum(one_by_one[:count])) == count
+        assert times.steps_within(first_s, 7, sum(one_by_one[:count]) - 1e-6) == count - 1
     with pytest.raises(ValueError, match="must take time"):
-        StepTimes(0.0, 0.0).decode_steps_within(1, 1, 1.0)
+        times.steps_within(0.0, 1, 1.0)
 
 
 def test_the_a10_of_llumnix_is_as_fast_as_its_paper_shows() -> None:
