@@ -59,7 +59,7 @@ class Drawn:
 
     arrivals: list[Arrival]
     num_left_out: int = 0
-    """So many more came meanwhile whose prompt alone was too long."""
+    """So many more came meanwhile whose prompt alone was too long (of a trace: until the request after the last)."""
     num_cut_short: int = 0
     """Of the arrivals: the answer ends where the engine's length is reached."""
 

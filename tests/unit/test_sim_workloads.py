@@ -211,6 +211,21 @@ def test_as_many_requests_of_mooncake_come_a_tick_as_with_poisson(data_dir: Path
     assert a_tick.var() / a_tick.mean() == pytest.approx(1.0, abs=0.2)
 
 
+def test_ticks_are_spread_in_mooncake_and_nowhere_else(folder: Path) -> None:
+    found = day(folder, "mooncake", count=NUM_ROWS)
+    assert len({one.at_s for one in found}) == NUM_ROWS
+    text = gzip.decompress((folder / "traces" / "mooncake_conversation.jsonl.gz").read_bytes())
+    (folder / "my.jsonl").write_bytes(text)
+    assert len({one.at_s for one in day(folder, str(folder / "my.jsonl"), count=NUM_ROWS)}) <= NUM_ROWS / 10 + 1
+
+
+def test_the_request_after_the_last_gives_the_pace_and_is_not_counted() -> None:
+    trace = [Asked(float(at_s), 90 + 5 * (at_s == 4), 1 + 9 * (at_s == 4)) for at_s in range(5)]
+    found = paced(trace, Wanted(2.0, 4, longest=100))
+    assert [one.at_s for one in found.arrivals] == [0.0, 0.5, 1.0, 1.5]
+    assert found.num_cut_short == 0
+
+
 def test_a_part_of_a_trace_has_its_own_rate_but_a_day_the_wanted_one(data_dir: Path) -> None:
     trace = read_trace(data_dir / "traces" / "azure2023_code.csv.gz")
     parts_s = [trace[row + 1_000].at_s - trace[row].at_s for row in range(0, 6_000, 100)]
@@ -233,6 +248,12 @@ def test_clients_send_by_their_rates_and_those_without_lengths_send_nothing(fold
     shares = {f"client {client}": (1 + client) / 27 for client in range(3, 7)} | {"other clients": 5 / 27}
     assert {kind: number / 20_000 for kind, number in kinds.items()} == pytest.approx(shares, abs=0.02)
     assert fmean(one.num_answer for one in found) == pytest.approx(25, rel=0.05)
+
+
+def test_a_day_of_clients_begins_where_the_seed_says(folder: Path) -> None:
+    """The first six hours have prompts of at most 1,000 tokens, the other six of up to twice that."""
+    longest = [max(one.num_prompt for one in day(folder, "servegen-m-large", seed)) for seed in range(12)]
+    assert {one > 1_000 for one in longest} == {False, True}
 
 
 def test_clients_keep_their_variation_and_rates_grow_together(folder: Path) -> None:
