@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator import config
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
+    from orchestrator.sim.asked import Drawn
     from orchestrator.sim.compare import Day, Question
     from orchestrator.sim.steptime import StepTimes
 
@@ -42,13 +44,33 @@ def arms() -> None:
 
 
 @app.command()
+def workloads() -> None:
+    """What requests can be asked: where they are from, under which licence, and what is known of them."""
+    from orchestrator.sim.catalogue import FILE_ENDINGS, SOURCES  # noqa: PLC0415
+
+    width = max(map(len, SOURCES))
+    typer.echo(
+        f"{'M-L, S-S, ...':<{width}}  generated, as in Llumnix's evaluation: prompts and answers are two of S, M and L"
+        " (Zipf of mean 128, 256, 512); Poisson or Gamma arrivals"
+    )
+    for name, source in SOURCES.items():
+        typer.echo(f"{name:<{width}}  {source.about} ({source.origin}, {source.licence})")
+    typer.echo(f"{'FILE':<{width}}  a trace of your own ({', '.join(FILE_ENDINGS)}): arrival_s, input_tokens,")
+    typer.echo(f"{'':<{width}}  output_tokens, and hash_ids where prefixes are shared")
+    typer.echo("\nThose with a source are read from the folder that --data or KVFERRY_DATA names. They and files have")
+    typer.echo("halves: tune on azure-conv:train, judge on azure-conv:test. A seed picks the moment a day begins at.")
+
+
+@app.command()
 def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     workload: Annotated[
-        str, typer.Option(help="Prompts and answers, as in Llumnix's evaluation: two of S, M and L.")
+        str, typer.Option(metavar="NAME", help="What is asked; `kvferry simulate workloads` lists it.")
     ] = "M-M",
     rate: Annotated[float, typer.Option(metavar="R", help="Requests a second, of the whole fleet.")] = 7.5,
     requests: Annotated[int, typer.Option(help="How many.")] = 2_000,
-    instances: Annotated[int, typer.Option(help="Of 13,616 tokens each.")] = 16,
+    instances: Annotated[int, typer.Option(help="Engines alike.")] = 16,
+    blocks: Annotated[int, typer.Option(help="Of 16 tokens of KV, in each instance.")] = 851,
+    max_model_len: Annotated[int, typer.Option(help="Tokens of prompt and answer; what is longer is left out.")] = 8192,
     gateways: Annotated[int, typer.Option(help="They share the requests.")] = 1,
     cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1: Poisson.")] = 1.0,
     urgent: Annotated[float, typer.Option(metavar="SHARE", help="Of the requests that are urgent.")] = 0.0,
@@ -56,6 +78,9 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
         list[str] | None, typer.Option(help="Once for each; `kvferry simulate arms` lists them. Default: all.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Days of each arm, all arms the same ones.")] = 1,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of published workloads. (KVFERRY_DATA)")
+    ] = None,
     profiles: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Step times of other engines (step_time_models.json).")
     ] = None,
@@ -65,21 +90,23 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     """The same requests for each arm: latencies, preemptions, moves."""
     from orchestrator.sim import compare as simulated  # noqa: PLC0415
     from orchestrator.sim.arms import ARMS, arm_of  # noqa: PLC0415
-    from orchestrator.sim.workload import llumnix_lengths  # noqa: PLC0415
 
     names = list(dict.fromkeys(arm)) if arm else list(ARMS)
     for name in names:
         arm_of(name)
-    llumnix_lengths(workload)
-    _require(rate > 0 and cv > 0, "--rate and --cv must be positive")
+    _require(0 < rate < math.inf and 0 < cv < math.inf, "--rate and --cv must be positive")
     counts = {"--requests": requests, "--instances": instances, "--gateways": gateways, "--seeds": seeds}
+    counts |= {"--blocks": blocks, "--max-model-len": max_model_len}
     for flag, count in counts.items():
         _require(count >= 1, f"{flag} is {count}, it must be at least 1")
     _require(0 <= urgent < 1, f"--urgent is {urgent:g}, it must be a share below 1")
     _require(out is None or out.parent.is_dir(), f"--json: there is no folder {out.parent if out else ''}")
-    question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent)
+    folder = config.data_folder(data)
+    question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent, data=str(folder or ""))
+    question = replace(question, engine=replace(question.engine, num_blocks=blocks, max_model_len=max_model_len))
     if profiles is not None:
         question = replace(question, times=_times(profiles, model))
+    _tell_requests(question, question.drawn(1))
     days: list[Day] = []
     console = Console(stderr=True)
     with console.status("simulating") as status:
@@ -94,6 +121,19 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
 def _require(is_so: bool, otherwise: str) -> None:
     if not is_so:
         raise ConfigError(otherwise)
+
+
+def _tell_requests(question: Question, drawn: Drawn) -> None:
+    """On stderr: what the first seed's day asks, and what of it the instances are too small for."""
+    prompts, answers = (
+        statistics.fmean(getattr(one, name) for one in drawn.arrivals) for name in ("num_prompt", "num_answer")
+    )
+    told = [f"{question.workload}, seed 1: prompts of {prompts:,.0f} tokens and answers of {answers:,.0f} in the mean"]
+    if drawn.num_left_out:
+        told.append(f"{drawn.num_left_out:,} more left out: their prompt has {question.longest:,} tokens or more")
+    if drawn.num_cut_short:
+        told.append(f"{drawn.num_cut_short:,} answers cut short at {question.longest:,} tokens of prompt and answer")
+    typer.echo("; ".join(told), err=True)
 
 
 def _times(path: Path, model: str) -> StepTimes:

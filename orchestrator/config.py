@@ -220,6 +220,12 @@ def serve_config_here(flags: Mapping[str, object], file: Path | None, engine_arg
     return serve_config(flags, os.environ, file or (Path(named) if named else None), engine_argv)
 
 
+def data_folder(flag: Path | None) -> Path | None:
+    """Where published workloads lie: the flag, else KVFERRY_DATA; None: nobody said."""
+    named = os.environ.get(PREFIX + "DATA")
+    return flag or (Path(named) if named else None)
+
+
 def admin_address(flag: str | None) -> str:
     """`host:port` of the admin API: the flag, else KVFERRY_ADMIN, else port KVFERRY_ADMIN_PORT, else the default."""
     port = os.environ.get(PREFIX + "ADMIN_PORT")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from orchestrator.policy.targets import Targets
 
+PREFIX_BLOCK_TOKENS = 512
+"""Of one of an arrival's `prefix_ids`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -23,6 +26,9 @@ class Arrival:
     kind: str = ""
     """Of which it is one in a report: a class of priority, a client."""
     targets: Targets | None = None
+    prefix_ids: tuple[int, ...] = ()
+    """One for each PREFIX_BLOCK_TOKENS of the prompt, the last of which may be fewer: prompts whose first n ids are the
+    same have the same first n blocks. Empty: nothing is known of what it shares."""
 
 
 @dataclass(slots=True)

@@ -8,17 +8,20 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import active_children, get_context
+from pathlib import Path
 from random import Random
 
 from orchestrator.sim.arms import Arm, arm_of
 from orchestrator.sim.arrivals import Arrival
+from orchestrator.sim.asked import Drawn, Wanted
+from orchestrator.sim.catalogue import workload_named
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.score import Score, by_kind, littles_law_gap
 from orchestrator.sim.steptime import LLUMNIX_A10, StepTimes
-from orchestrator.sim.workload import llumnix, with_urgent
+from orchestrator.sim.workload import with_urgent
 from orchestrator.sim.world import Counts, World, WorldParams
 
 MAX_LAW_GAP = 1e-6
@@ -29,7 +32,7 @@ class Question:
     """One workload, asked of each arm."""
 
     workload: str = "M-M"
-    """Of Llumnix's evaluation."""
+    """See `catalogue.workload_named`."""
     requests_per_s: float = 7.5
     coefficient_of_variation: float = 1.0
     num_requests: int = 2_000
@@ -38,11 +41,25 @@ class Question:
     urgent_share: float = 0.0
     times: StepTimes = field(default=LLUMNIX_A10)
     engine: LengthConfig = field(default_factory=LengthConfig)
+    data: str = ""
+    """The folder of published workloads; empty: there is none."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that an instance takes."""
+        return min(self.engine.max_model_len, self.engine.num_blocks * self.engine.block_size)
+
+    def drawn(self, seed: int) -> Drawn:
+        """Raises ConfigError when there is no such workload, or no such file."""
+        rng = Random(seed)
+        wanted = Wanted(self.requests_per_s, self.num_requests, self.longest, self.coefficient_of_variation)
+        drawn = workload_named(self.workload, rng, wanted, Path(self.data) if self.data else None)
+        if self.urgent_share:
+            drawn = replace(drawn, arrivals=with_urgent(drawn.arrivals, rng, self.urgent_share))
+        return drawn
 
     def arrivals(self, seed: int) -> list[Arrival]:
-        rng = Random(seed)
-        arrivals = llumnix(rng, self.workload, self.requests_per_s, self.num_requests, self.coefficient_of_variation)
-        return with_urgent(arrivals, rng, self.urgent_share) if self.urgent_share else arrivals
+        return self.drawn(seed).arrivals
 
     def world(self, arm: Arm, seed: int) -> WorldParams:
         return WorldParams(

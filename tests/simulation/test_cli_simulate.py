@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -18,14 +19,46 @@ KVFERRY = str(Path(sys.executable).with_name("kvferry"))
 SMALL = ("--requests", "60", "--instances", "2", "--rate", "4")
 
 
-def kvferry(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([KVFERRY, "simulate", *words], capture_output=True, text=True, check=False)
+def kvferry(*words: str, data: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "KVFERRY_DATA"}
+    if data is not None:
+        environment["KVFERRY_DATA"] = str(data)
+    return subprocess.run([KVFERRY, "simulate", *words], capture_output=True, text=True, check=False, env=environment)
 
 
 def test_arms_are_listed() -> None:
     told = kvferry("arms")
     assert told.returncode == 0
     assert [line.split()[0] for line in told.stdout.splitlines()][-2:] == ["dispatch", "ours"]
+
+
+def test_workloads_are_listed_with_their_source_and_licence() -> None:
+    told = kvferry("workloads")
+    assert told.returncode == 0
+    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line}
+    assert "Azure/AzurePublicDataset 2023, CC-BY-4.0" in lines["azure-conv"]
+    assert {"M-L,", "sharegpt", "mooncake", "servegen-m-small", "FILE"} <= lines.keys()
+    assert "--data or KVFERRY_DATA" in told.stdout
+
+
+def test_a_published_trace_is_played_and_what_is_too_long_is_told(tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    rows = [f"{0.1 * row},{9_000 if row % 4 == 0 else 8_190},{5}" for row in range(240)]
+    text = "\n".join(["arrival_s,input_tokens,output_tokens", *rows])
+    (tmp_path / "traces" / "azure2023_conv.csv.gz").write_bytes(gzip.compress(text.encode()))
+    words = ("compare", "--arm", "ours", *SMALL, "--workload", "azure-conv:test", "--json", str(tmp_path / "told.json"))
+    by_flag, by_variable = kvferry(*words, "--data", str(tmp_path)), kvferry(*words, data=tmp_path)
+    for told in (by_flag, by_variable):
+        assert told.returncode == 0, told.stderr
+        assert "azure-conv:test, seed 1: prompts of 8,190 tokens and answers of 2 in the mean" in told.stderr
+        assert " more left out: their prompt has 8,192 tokens or more" in told.stderr
+        assert "; 60 answers cut short at 8,192 tokens of prompt and answer" in told.stderr
+    assert by_flag.stdout == by_variable.stdout
+    [day] = json.loads((tmp_path / "told.json").read_text())["days"]
+    assert day["scores"][""]["num_failed"] == 0 and day["scores"][""]["ttft_s"]["n"] == 54
+    larger = kvferry(*words, "--data", str(tmp_path), "--blocks", "1000", "--max-model-len", "16000")
+    assert larger.returncode == 0, larger.stderr
+    assert "left out" not in larger.stderr and "answers of 5 in the mean" in larger.stderr
 
 
 def test_two_arms_get_the_same_requests_and_two_runs_say_the_same(tmp_path: Path) -> None:
@@ -50,6 +83,11 @@ def test_two_arms_get_the_same_requests_and_two_runs_say_the_same(tmp_path: Path
     ("words", "why"),
     [
         (("--workload", "X"), "no workload named 'X': name two of S, M and L"),
+        (("--workload", "M-M:train"), "M-M is drawn from the seed and has no halves"),
+        (("--workload", "azure-conv", "--cv", "2"), "--cv: the requests of azure-conv come as they came"),
+        (("--workload", "arxiv"), "name the folder that has it with --data DIR or KVFERRY_DATA"),
+        (("--workload", "arxiv", "--data", "missing"), "the data folder missing is no folder"),
+        (("--blocks", "0"), "--blocks is 0, it must be at least 1"),
         (("--arm", "best"), "no arm named 'best'; there: round-robin"),
         (("--rate", "0"), "--rate and --cv must be positive"),
         (("--seeds", "0"), "--seeds is 0, it must be at least 1"),

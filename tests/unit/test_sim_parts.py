@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from migration.errors import CopyFailed
-from orchestrator.errors import ConfigError
 from orchestrator.sim.arrivals import Arrival, Lived
+from orchestrator.sim.asked import Wanted
 from orchestrator.sim.copying import LinkParams, Links
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.score import by_kind, figure, half_width, littles_law_gap
 from orchestrator.sim.steptime import LLUMNIX_A10, Attention, StepTimes, from_profile
-from orchestrator.sim.workload import LLUMNIX, faster, gamma_times, llumnix, trace, with_urgent
+from orchestrator.sim.workload import LLUMNIX, gamma_times, llumnix, with_urgent
 
 # ---------------------------------------------------------------------- step times
 EXAMPLES = {
@@ -130,16 +130,16 @@ def test_lengths_are_those_of_llumnix(name: str, mean: int, quantiles: tuple[int
 
 
 def test_a_workload_follows_from_its_seed_and_keeps_its_rate_and_bound() -> None:
-    arrivals = llumnix(Random(5), "M-L", 4.0, 4_000)
-    assert arrivals == llumnix(Random(5), "M-L", 4.0, 4_000) != llumnix(Random(6), "M-L", 4.0, 4_000)
+    wanted = Wanted(4.0, 4_000, longest=8_192)
+    arrivals = llumnix("M-L", Random(5), wanted).arrivals
+    assert arrivals == llumnix("M-L", Random(5), wanted).arrivals != llumnix("M-L", Random(6), wanted).arrivals
     assert arrivals[-1].at_s == pytest.approx(1_000, rel=0.1)
     assert [one.index for one in arrivals] == list(range(4_000))
     assert all(1 <= one.num_answer <= one.max_tokens and one.num_prompt + one.max_tokens == 6_144 for one in arrivals)
-    assert faster(arrivals, 2.0)[-1].at_s == pytest.approx((arrivals[-1].at_s - arrivals[0].at_s) / 2)
     urgent = [one for one in with_urgent(arrivals, Random(1), 0.1) if one.kind == "urgent"]
     assert len(urgent) == pytest.approx(400, rel=0.2) and {one.priority for one in urgent} == {-10}
-    with pytest.raises(ConfigError, match="name two of S, M and L"):
-        llumnix(Random(5), "M-X", 4.0, 1)
+    shorter = llumnix("M-L", Random(5), Wanted(4.0, 4_000, longest=1_000)).arrivals
+    assert {one.num_prompt + one.max_tokens for one in shorter} == {1_000}
 
 
 @pytest.mark.parametrize("variation", [0.5, 1.0, 4.0])
@@ -148,16 +148,6 @@ def test_gaps_have_their_coefficient_of_variation(variation: float) -> None:
     gaps = np.diff([next(times) for _ in range(50_000)])
     assert gaps.mean() == pytest.approx(0.1, rel=0.05)
     assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.05)
-
-
-def test_a_published_trace_is_read_and_another_file_is_refused(data_dir: Path, tmp_path: Path) -> None:
-    arrivals = trace(data_dir / "traces" / "azure2023_conv.csv.gz", 100)
-    assert len(arrivals) == 100 and arrivals == sorted(arrivals, key=lambda one: one.at_s)
-    assert all(one.num_prompt > 0 and one.num_answer == one.max_tokens > 0 for one in arrivals)
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for other in ("other.csv", "missing.csv"):
-        with pytest.raises(ConfigError, match="is no trace of requests"):
-            trace(tmp_path / other)
 
 
 # ---------------------------------------------------------------------- scores
