@@ -54,6 +54,8 @@ class WorldParams:
     max_waiting: int = 100_000
     """Requests that an instance lets wait."""
     keeps_journal: bool = False
+    hashes_journal: bool = False
+    """Keep its digest alone."""
     give_up_s: float = 3600.0
     """What is not answered so long after the last request was sent has failed."""
 
@@ -88,7 +90,8 @@ class World:
         self.clients = Clients(self.gateways)
         self.core = params.arm.make_core(params.core)
         now_s = asyncio.get_running_loop().time()
-        self.journal = MemoryJournal(self.core, now_s) if params.keeps_journal else None
+        has_journal = params.keeps_journal or params.hashes_journal
+        self.journal = MemoryJournal(self.core, now_s, params.keeps_journal) if has_journal else None
         self.orchestrator = OrchestratorLoop(
             self.core,
             self.fleet,
