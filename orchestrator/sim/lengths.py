@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from instance.headroom import Headroom, kept_from
 from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus, RequestView
 from migration.types import RequestId
+from orchestrator.sim.losses import Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,9 @@ class Batch:
     """By rank."""
     num_preemptions: int = 0
     headroom: Headroom = ()
+    now_s: float = 0.0
+    """When the step began that is scheduled."""
+    losses: Losses = field(default_factory=Losses)
 
     def __post_init__(self) -> None:
         self.free = self.config.num_blocks
@@ -172,6 +176,7 @@ class Batch:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.take_out(sequence)
+        self.losses.preempted(sequence.request_id, sequence.computed, self.now_s)
         self.free += sequence.blocks
         sequence.blocks = sequence.computed = 0
         sequence.num_preemptions += 1

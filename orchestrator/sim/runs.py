@@ -56,6 +56,7 @@ class Runs:
         """Begin a run of as many steps as are alike, in `limit_s` at most but for the first. Returns when it ends;
         None: nothing can be scheduled."""
         assert self._run is None, "a run is under way"
+        self._batch.now_s = start_s
         plan = self._batch.schedule()
         if not plan:
             return None
@@ -105,6 +106,9 @@ class Runs:
         if not run.is_alike:
             work = step_work((num, one.computed, num == 1 and one.num_output > 0) for one, num in run.plan.items())
             given = self._batch.compute(run.plan)
+            if (losses := self._batch.losses).is_any_open:
+                for one in given:
+                    losses.got_token(one.request_id, run.ends_s)
             return [Made(run.start_s, run.ends_s, _result(self._outputs(given, 1), work))]
         self._batch.advance(run.plan, run.num_steps - run.num_made)
         outputs, num = self._outputs(list(run.plan), run.num_steps), len(run.plan)
