@@ -48,7 +48,8 @@ class Chart:
     x_scale: Scale | None = None
     """None: it follows from the points."""
     y_scale: Scale | None = None
-    note: str = ""
+    has_counts: bool = False
+    """Between two whole numbers of y there is nothing."""
 
 
 def svg(chart: Chart) -> str:
@@ -98,6 +99,8 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     parts = []
     for value in y.ticks():
+        if chart.has_counts and value != round(value):
+            continue
         at = _down(y, value)
         parts.append(f'<path class="g" d="M{_LEFT} {at:.1f}H{right}"/>')
         parts.append(f'<text class="t" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label(value)}</text>')
@@ -134,7 +137,8 @@ def _line(line: Line, x: Scale, y: Scale) -> list[str]:
             marks.append(f'<circle class="m c{line.colour % NUM_COLOURS}" cx="{across:.1f}" cy="{down:.1f}" r="3"/>')
     if not path:
         return []
-    drawn = f'<path class="l c{line.colour % NUM_COLOURS}"{_dash(line.colour)} d="{"".join(path)}"/>'
+    dash = "" if line.low else _dash(line.colour)  # with a band it stands alone
+    drawn = f'<path class="l c{line.colour % NUM_COLOURS}"{dash} d="{"".join(path)}"/>'
     return [drawn, *marks]
 
 

@@ -81,7 +81,7 @@ def of_fleets(days: Sequence[Day], colours: Colours) -> list[Chart]:
             Line(day.arm, _over_time(day.series, column(day.series)), colours[day.arm], is_stepped=True)
             for day in first
         )
-        charts.append(Chart(title, "time, s", unit, lines))
+        charts.append(Chart(title, "time, s", unit, lines, has_counts=not unit.endswith("%")))
     return charts
 
 

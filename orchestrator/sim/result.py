@@ -44,7 +44,7 @@ def from_json(text: str | bytes) -> Result:
         raise ValueError("it holds no simulated days")
     if values.get("version") != VERSION:
         raise ValueError(f"it is of version {values.get('version')}, this program reads version {VERSION}")
-    question = values.get("question")
+    question = values.get("question") or {}
     result = msgspec.convert(_mapped(values, _as_nan) | {"question": question}, Result)
     if not result.days:
         raise ValueError("it holds no simulated days")

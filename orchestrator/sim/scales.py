@@ -96,9 +96,12 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _both_ticks(low: float, high: float, most: int) -> list[float]:
-    powers = [10.0**power for power in range(1, 1 + math.ceil(math.log10(max(-low, high))))]
-    found = [-value for value in reversed(powers)] + [0.0] + powers
-    inside = [value for value in found if low <= value <= high]
-    if len(inside) > most:
-        inside = [value for value in inside if value == 0.0 or round(math.log10(abs(value))) % 2 == 0]
+    top = math.ceil(math.log10(max(-low, high)))
+    inside = [0.0]
+    for factors, every in (((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
+        beyond = [factor * 10.0**power for power in range(1, top + 1, every) for factor in factors]
+        found = [-value for value in reversed(beyond)] + [0.0] + beyond
+        inside = [value for value in found if low <= value <= high]
+        if len(inside) <= most:
+            break
     return inside

@@ -1,4 +1,8 @@
-"""Who looks at a simulated fleet once a second? It touches nothing: with it or without, the same day is lived."""
+"""Who looks at a simulated fleet once a second? It touches nothing of it.
+
+Its timer is one among the others, though: which of two that fire at the same instant comes first hangs on how many
+there are (`jumping_loop.py`). So it is always there, whether anybody reads what it has seen or not.
+"""
 
 from __future__ import annotations
 
