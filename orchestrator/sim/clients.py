@@ -30,7 +30,7 @@ class Clients:
         self._moved: dict[RequestId, str] = {}
         """Where they were moved to, and have got no token from yet."""
         self.downtimes_s: list[float] = []
-        """Of committed moves of requests that had begun: the longest gap between a token from the source and the one
+        """Of committed moves of requests with their KV: the longest gap between a token from the source and the one
         after it (`gaps.py`), in order of the latter."""
         self._num_open = 0
         self._all_sent = False

@@ -34,10 +34,10 @@ class FleetMeasures:
     moved_bytes: int
     """Copied by them, whatever their outcome."""
     stopped_s: Figure
-    """Of committed moves of requests that had tokens: from the stop at the source to the commit's answer."""
+    """Of committed moves of requests with their KV: from the stop at the source to the commit's answer."""
     downtime_s: Figure
-    """Of committed moves of requests that had begun: from the last token from the source to the first from the
-    destination, as the client saw it and `gaps.py` reckons it."""
+    """Of the same: from the last token from the source to the first from the destination, as the client saw it and
+    `gaps.py` reckons it. One that finds no room in the batch there waits for it meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def fleet_measures(
         fragmentation=_figure([one.fragmentation for one in moments]),
         outcomes=dict(sorted(Counter(one.outcome for one in summaries).items())),
         moved_bytes=sum(one.num_bytes for one in summaries),
-        stopped_s=_figure([one.stopped_s for one in committed if one.stopped_s > 0]),
+        stopped_s=_figure([one.stopped_s for one in committed if one.moved_tokens]),
         downtime_s=_figure(downtimes_s),
     )
 

@@ -83,11 +83,11 @@ def fleets(days: Sequence[Day]) -> Sheet:
     has_rates = _has_rates(days)
     moves = ("moved", "broken off", "copied GB", "stopped ms", "P99", "downtime ms", "P99")
     columns = (*moves, "fragmented %", "P99", "preempted", "instances", "instance h")
-    rows, outcomes = [], Counter[str]()
+    rows, outcomes = [], dict[str, Counter[str]]()
     for names, own in _groups(days):
         measures, counts = [day.fleet for day in own], [day.counts for day in own]
         for one in measures:
-            outcomes.update(one.outcomes)
+            outcomes.setdefault(names[1], Counter()).update(one.outcomes)
         cells = [
             str(sum(one.migrations for one in counts)),
             str(sum(one.broken_off for one in counts)),
@@ -101,8 +101,10 @@ def fleets(days: Sequence[Day]) -> Sheet:
         ]
         rows.append((*(names if has_rates else names[1:]), *cells))
     note = "Whole days, the first requests included."
-    if outcomes:
-        note += " Migrations: " + ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items())) + "."
+    for arm, counts_of in outcomes.items():
+        if counts_of:
+            told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts_of.items()))
+            note += f" Migrations of {arm}: {told}."
     head = ("requests/s", "arm") if has_rates else ("arm",)
     return Sheet("Fleets", (*head, *columns), tuple(rows), len(head), note)
 

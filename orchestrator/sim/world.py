@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from instance.spec import MigrationSummary
 from migration.types import Epoch, InstanceId, Outcome, RequestId
 from orchestrator.errors import StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
@@ -77,9 +78,7 @@ class World:
         self.fleet = SimFleet(params.call_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
         self.clients = Clients(self.gateways)
-        self.fleet.on_commit = lambda summary: self.clients.has_moved(
-            RequestId(summary.request_id), summary.destination
-        )
+        self.fleet.on_commit = self._has_moved
         self.losses = Losses()
         self.presence = Presence()
         self.watch = Watch(self.instances, self.fleet, core.levels.load_params)
@@ -198,6 +197,10 @@ class World:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for instance in self.instances.values():
             instance.kill()
+
+    def _has_moved(self, summary: MigrationSummary) -> None:
+        if summary.moved_tokens:  # else it waited before the move, too: its client cannot tell the two apart
+            self.clients.has_moved(RequestId(summary.request_id), summary.destination)
 
     def _found_bug(self, error: BaseException) -> None:
         if not self._bug.done():

@@ -163,7 +163,7 @@ def test_an_instance_is_paid_for_from_when_it_was_asked_for_until_it_is_gone() -
 def test_moves_are_counted_by_outcome_and_their_bytes_whatever_it_was() -> None:
     summaries = [
         moved("committed", 100, stopped_s=0.02),
-        moved("committed", 0, stopped_s=0.0),  # one that waited
+        moved("committed", 0, stopped_s=0.5),  # one that waited, without KV
         moved("cancelled", 30, stopped_s=0.0),
     ]
     moments = [Moment(0.0, {"a": GLIMPSE}, 0, 0.0), Moment(1.0, {"a": GLIMPSE, "b": GLIMPSE}, 2, 0.5)]
@@ -178,7 +178,7 @@ GLIMPSE = Glimpse(3.0, 5, 2, 1)
 
 
 def moved(outcome: str, num_bytes: int, stopped_s: float) -> MigrationSummary:
-    return MigrationSummary("m", "r0", "a", "b", outcome, "", 0, 0, 0, 0, 0, num_bytes, 1.0, stopped_s, 0)
+    return MigrationSummary("m", "r0", "a", "b", outcome, "", 0, num_bytes, 0, 0, 0, num_bytes, 1.0, stopped_s, 0)
 
 
 # ---------------------------------------------------------------------- series, curves
