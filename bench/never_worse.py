@@ -13,7 +13,6 @@ that; else the days do not tell. Workloads: Llumnix's five over four instances o
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,9 +28,11 @@ from bench.report import Value
 from bench.sheet import result_of, show, table_of
 from orchestrator.sim.arms import arm_of
 from orchestrator.sim.arrivals import Arrival, Lived
-from orchestrator.sim.compare import Day, Question, compare
+from orchestrator.sim.compare import Question, compare
+from orchestrator.sim.day import Day
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.lengths import LengthConfig
+from orchestrator.sim.paired import Ratio, ratio
 from orchestrator.sim.steptime import StepTimes
 from orchestrator.sim.workload import gamma_times, generated
 from orchestrator.sim.world import World
@@ -45,8 +46,6 @@ QUICK_WORKLOADS, QUICK_LOADS, QUICK_SEEDS = ("M-M",), (0.7, 1.0), 4
 OFF, ON = "dispatch", "ours"
 BAR = 1.02
 """The interval must end below it, and it begin above it for a row to be a losing one."""
-T_95 = {4: 3.182, 10: 2.262, 20: 2.093, 30: 2.045, 40: 2.023}
-"""Student's t at 97.5 % for so many seeds; 1.96 for others."""
 
 TINY = LengthConfig(num_blocks=64, block_size=32, max_model_len=1_664, max_num_seqs=64, bytes_per_token=1_024)
 TINY_TIMES = StepTimes(base_s=0.004, token_s=0.0002, request_s=0.0013)
@@ -97,24 +96,8 @@ def _overlap(lived: Lived, first_s: float, last_s: float) -> float:
     return max(0.0, min(last_s, lived.last_s) - max(first_s, lived.first_s)) / span_s
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """Of ours over dispatch alone, over the days."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        return "worse" if self.low > BAR else "no worse" if self.high <= BAR else "not told"
-
-
-def ratio(off: Sequence[float], on: Sequence[float]) -> Ratio:
-    logs = [math.log(after / before) for before, after in zip(off, on, strict=True)]
-    mean = statistics.fmean(logs)
-    half = T_95.get(len(logs), 1.96) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+def verdict(found: Ratio) -> str:
+    return "worse" if found.low > BAR else "no worse" if found.high <= BAR else "not told"
 
 
 def rows_of(days: Sequence[Day]) -> dict[str, Value]:
@@ -126,7 +109,7 @@ def rows_of(days: Sequence[Day]) -> dict[str, Value]:
     tails = ratio([day.scores[""].ttft_s.p99 for day in off], [day.scores[""].ttft_s.p99 for day in on])
     means = ratio([day.scores[""].latency_s.mean for day in off], [day.scores[""].latency_s.mean for day in on])
     for name, found in (("ttft_p99", tails), ("latency", means)):
-        row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_is": found.verdict}
+        row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_is": verdict(found)}
     counts = [(day.counts.preemptions, day.counts.migrations) for day in on]
     row["preemptions_off"] = sum(day.counts.preemptions for day in off)
     row["preemptions_on"], row["moved"] = (sum(part) for part in zip(*counts, strict=True))

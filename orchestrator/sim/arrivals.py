@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from migration.types import RequestId
 from orchestrator.policy.targets import Targets
 
 PREFIX_BLOCK_TOKENS = 512
@@ -45,6 +46,12 @@ class Lived:
     is_over: bool = False
     error: str = ""
     """Why it failed; empty: it did not."""
+    longest_gap_s: float = math.nan
+    """Between two of its tokens, as `gaps.py` says; NaN: there are no two."""
+
+    @property
+    def request_id(self) -> RequestId:
+        return RequestId(f"r{self.arrival.index}")
 
     @property
     def ttft_s(self) -> float:

@@ -11,6 +11,7 @@ from orchestrator.gateway.types import Deliver, Fail, Outgoing
 from orchestrator.policy.admission import NO_ASKS, Asks
 from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.engine import Ask, encode
+from orchestrator.sim.gaps import Gaps
 
 
 class Clients:
@@ -20,6 +21,17 @@ class Clients:
         self._gateways = gateways
         self._loop = asyncio.get_running_loop()
         self.lived: dict[RequestId, Lived] = {}
+        self.first_counted = 0
+        """Index of the first request whose gaps are counted."""
+        self.gaps: dict[str, Gaps] = {}
+        """By kind of request."""
+        self._uncounted = Gaps()
+        self._gaps_of: dict[RequestId, Gaps] = {}
+        self._moved: dict[RequestId, str] = {}
+        """Where they were moved to, and have got no token from yet."""
+        self.downtimes_s: list[float] = []
+        """Of committed moves of requests with their KV: the longest gap between a token from the source and the one
+        after it (`gaps.py`), in order of the latter."""
         self._num_open = 0
         self._all_sent = False
         self._is_over = asyncio.Event()
@@ -46,8 +58,11 @@ class Clients:
         return self._num_open
 
     def _send(self, arrival: Arrival) -> None:
-        request_id = RequestId(f"r{arrival.index}")
-        self.lived[request_id] = Lived(arrival, self._loop.time())
+        lived = Lived(arrival, self._loop.time())
+        request_id = lived.request_id
+        self.lived[request_id] = lived
+        is_counted = arrival.index >= self.first_counted
+        self._gaps_of[request_id] = self.gaps.setdefault(arrival.kind, Gaps()) if is_counted else self._uncounted
         self._num_open += 1
         payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens))
         self._gateways[arrival.index % len(self._gateways)].submit(
@@ -63,13 +78,28 @@ class Clients:
             )
         )
 
+    def has_moved(self, request_id: RequestId, destination: str) -> None:
+        """It was just committed there."""
+        lived = self.lived.get(request_id)
+        if lived is not None and lived.num_tokens and not lived.is_over:
+            self._moved[request_id] = destination
+
     def _deliver(self, delivery: Deliver) -> None:
         now_s = self._loop.time()
         for entry in delivery.entries:
-            lived = self.lived[RequestId(entry.request_id)]
+            request_id = RequestId(entry.request_id)
+            lived = self.lived[request_id]
+            num_tokens = len(entry.token_ids)
             if not lived.num_tokens:
                 lived.first_s = now_s
-            lived.num_tokens += len(entry.token_ids)
+            elif num_tokens:
+                gap_s = self._gaps_of[request_id].add(now_s - lived.last_s, num_tokens)
+                if not gap_s <= lived.longest_gap_s:
+                    lived.longest_gap_s = gap_s
+                if self._moved and self._moved.get(request_id) == delivery.sender[0]:
+                    del self._moved[request_id]
+                    self.downtimes_s.append(gap_s)
+            lived.num_tokens += num_tokens
             lived.last_s = now_s
             if entry.finish_reason is not None:
                 self._end(lived)
@@ -82,6 +112,7 @@ class Clients:
     def _end(self, lived: Lived) -> None:
         if not lived.is_over:
             lived.is_over = True
+            self._moved.pop(lived.request_id, None)
             self._num_open -= 1
             self._look()
 

@@ -13,16 +13,20 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from random import Random
 
+from orchestrator.policy.targets import NO_TARGETS, Targets
 from orchestrator.sim.arms import Arm, arm_of
 from orchestrator.sim.arrivals import Arrival
 from orchestrator.sim.asked import Drawn, Wanted
 from orchestrator.sim.catalogue import workload_named
+from orchestrator.sim.day import Day, Played
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.lengths import LengthConfig
-from orchestrator.sim.score import Score, by_kind, littles_law_gap
+from orchestrator.sim.measures import curves, fleet_measures
+from orchestrator.sim.score import Beside, by_kind, littles_law_gap, num_warm_up
+from orchestrator.sim.series import series_of, series_of_each
 from orchestrator.sim.steptime import LLUMNIX_A10, StepTimes
 from orchestrator.sim.workload import with_urgent
-from orchestrator.sim.world import Counts, World, WorldParams
+from orchestrator.sim.world import World, WorldParams
 
 MAX_LAW_GAP = 1e-6
 
@@ -41,6 +45,8 @@ class Question:
     urgent_share: float = 0.0
     times: StepTimes = field(default=LLUMNIX_A10)
     engine: LengthConfig = field(default_factory=LengthConfig)
+    targets: Targets = NO_TARGETS
+    """Of requests that bring none, for the share that met theirs. Nobody acts on them."""
     data: str = ""
     """The folder of published workloads; empty: there is none."""
 
@@ -72,34 +78,53 @@ class Question:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Day:
-    """What became of one arm's day."""
-
-    arm: str
-    seed: int
-    scores: dict[str, Score]
-    """By kind of request; "" is all of them."""
-    counts: Counts
-    virtual_s: float
+Job = tuple[Question, str, int]
+"""A question, an arm and a seed: one day."""
 
 
 def live(question: Question, arm: str, seed: int) -> Day:
     """Play one day in this process. Raises RuntimeError when the lives that were told do not add up."""
+    return played(question, arm, seed).day
 
-    async def play() -> Day:
-        world = World(question.world(arm_of(arm), seed))
-        lived = await world.play(question.arrivals(seed))
+
+def played(question: Question, arm: str, seed: int, keeps_journal: bool = False) -> Played:
+    """The same, with what is too much to keep of many days."""
+
+    async def play() -> Played:
+        loop, arrivals = asyncio.get_running_loop(), question.arrivals(seed)
+        world = World(replace(question.world(arm_of(arm), seed), keeps_journal=keeps_journal))
+        world.clients.first_counted = num_warm_up(len(arrivals))
+        lived = await world.play(arrivals)
         if (gap := littles_law_gap(lived)) > MAX_LAW_GAP:
             raise RuntimeError(f"{arm}, seed {seed}: requests present and latencies differ by {gap:.1e} (Little's law)")
-        return Day(arm, seed, by_kind(lived), world.counts(), asyncio.get_running_loop().time())
+        beside = Beside(world.clients.gaps, world.losses.by_request, question.targets)
+        # NaN: no token has come.
+        ended_s = max((one.last_s for one in lived if one.last_s > 0.0), default=loop.time())
+        instance_s = world.presence.seconds(lived[0].sent_s, ended_s)
+        moments = world.watch.moments
+        day = Day(
+            arm=arm,
+            seed=seed,
+            scores=by_kind(lived, beside=beside),
+            counts=world.counts(),
+            virtual_s=loop.time(),
+            requests_per_s=question.requests_per_s,
+            fleet=fleet_measures(moments, instance_s, world.fleet.summaries, world.clients.downtimes_s),
+            curves=curves(lived),
+            series=series_of(moments),
+        )
+        return Played(day, series_of_each(moments), b"" if world.journal is None else world.journal.text())
 
     return run_jumping(play())
 
 
 def compare(question: Question, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Day]:
     """All days, seed by seed, as they come; as many at once as there are processors."""
-    jobs = [(question, arm, seed) for seed in seeds for arm in arms]
+    return live_all([(question, arm, seed) for seed in seeds for arm in arms])
+
+
+def live_all(jobs: Sequence[Job]) -> Iterator[Day]:
+    """Each day, in this order; as many at once as there are processors."""
     num_workers = min(len(jobs), os.cpu_count() or 1)
     if num_workers <= 1:
         yield from (live(*job) for job in jobs)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from instance.migrations import params_for
 from instance.spec import MigrationSummary
 from instance.types import PriorityAnswer
-from migration.types import Epoch, Incarnation, InstanceId
+from migration.types import Epoch, Incarnation, InstanceId, Outcome
 from orchestrator.effects import UpdateMembers, UpdatePriorities
 from orchestrator.errors import ActorGone, CallFailed
 from orchestrator.gateway.errors import Failure, FailureKind
@@ -30,14 +30,23 @@ class SimFleet:
         self.gateways: dict[str, GatewayLoop] = {}
         self.outcomes: Counter[str] = Counter()
         """Of the migrations that have ended."""
+        self.summaries: list[MigrationSummary] = []
+        """Theirs, in the order of their ends."""
+        self.on_commit: Callable[[MigrationSummary], None] = lambda _: None
+        """Who hears of a commit, when the source does."""
 
     async def migrate(
         self, actor_name: str, request_id: str, destination: Incarnation, mode: str, timeout_s: float
     ) -> MigrationSummary:
-        summary = await self._call(
-            actor_name, lambda one: one.agent.migrate(request_id, destination, params_for(mode)), timeout_s
-        )
+        async def migrate(one: SimInstance) -> MigrationSummary:
+            summary = await one.agent.migrate(request_id, destination, params_for(mode))
+            if summary.outcome == Outcome.COMMITTED.value:
+                self.on_commit(summary)
+            return summary
+
+        summary = await self._call(actor_name, migrate, timeout_s)
         self.outcomes[summary.outcome] += 1
+        self.summaries.append(summary)
         return summary
 
     async def cancel_request(self, actor_name: str, request_id: str, timeout_s: float) -> bool:  # noqa: ARG002

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from instance.headroom import Headroom, kept_from
 from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus, RequestView
 from migration.types import RequestId
+from orchestrator.sim.losses import Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,9 @@ class Batch:
     """Preempted since all was told."""
     _running_at: dict[int, int] = field(default_factory=dict)
     """How many run of each priority."""
+    now_s: float = 0.0
+    """When the step began that is scheduled."""
+    losses: Losses = field(default_factory=Losses)
 
     def __post_init__(self) -> None:
         self.free = self.config.num_blocks
@@ -208,6 +212,7 @@ class Batch:
     def _preempt(self, sequence: Sequence) -> None:
         self.take_out(sequence)
         self._untold.append(sequence)
+        self.losses.preempted(sequence.request_id, sequence.computed, self.now_s)
         self.free += sequence.blocks
         sequence.blocks = sequence.computed = 0
         sequence.num_preemptions += 1

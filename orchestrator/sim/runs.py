@@ -61,9 +61,11 @@ class Runs:
         return self._run is not None
 
     def begin(self, start_s: float, limit_s: float) -> float | None:
-        """Begin a run of as many steps as are alike, in `limit_s` at most but for the first. Returns when it ends;
-        None: nothing can be scheduled."""
+        """Begin a run of as many steps as are alike, until `limit_s` after all was told but for the first. Returns when
+        it ends; None: nothing can be scheduled."""
         assert self._run is None, "a run is under way"
+        self._batch.now_s = start_s
+        limit_s = min(limit_s, max(0.0, self._told_s + limit_s - start_s))
         plan = self._batch.schedule()
         if not plan:
             return None
@@ -128,6 +130,9 @@ class Runs:
         else:
             work = step_work((num, one.computed, num == 1 and one.num_output > 0) for one, num in run.plan.items())
             given = self._batch.compute(run.plan)
+            if (losses := self._batch.losses).is_any_open:
+                for one in given:
+                    losses.got_token(one.request_id, run.ends_s)
         tells_all = tell_every_s <= 0.0 or run.ends_s >= self._told_s + tell_every_s - _INSTANT_S
         if tells_all:
             self._told_s = run.ends_s

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from migration.types import RequestId
+from orchestrator.policy.targets import NO_TARGETS, Targets
 from orchestrator.sim.arrivals import Lived
+from orchestrator.sim.gaps import Gaps, together
+from orchestrator.sim.losses import Loss
 
 NUM_BATCHES = 20
 WARM_UP_SHARE = 0.1
@@ -39,28 +43,90 @@ class Score:
 
     ttft_s: Figure
     tpot_s: Figure
+    itl_s: Figure
+    """Of gaps, not of requests: `gaps.py` says how. NaN where nobody has counted them."""
+    longest_gap_s: Figure
+    """Of each request."""
     latency_s: Figure
     num_failed: int
+    num_preemptions: int = 0
+    lost_s: float = 0.0
+    """By preemptions, of all these requests together."""
+    lost_tokens: int = 0
+    attainment: float = math.nan
+    """Share of the requests, those that failed among them, whose targets were met; NaN where none has any."""
 
 
-def score(lived: Sequence[Lived], warm_up_share: float = WARM_UP_SHARE) -> Score:
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What is known of requests beside their lives."""
+
+    gaps: Mapping[str, Gaps] | None = None
+    """By kind, of those that count."""
+    losses: Mapping[RequestId, Loss] | None = None
+    targets: Targets = NO_TARGETS
+    """Of requests that bring none."""
+
+
+NOTHING_BESIDE = Beside()
+
+
+def score(lived: Sequence[Lived], warm_up_share: float = WARM_UP_SHARE, beside: Beside = NOTHING_BESIDE) -> Score:
     """Of these, in order of arrival, without the first ones, which found an empty fleet."""
-    counted = lived[int(len(lived) * warm_up_share) :]
+    counted = lived[num_warm_up(len(lived), warm_up_share) :]
     done = [one for one in counted if one.is_over and not one.error]
+    known = beside.losses or {}
+    losses = [loss for one in counted if (loss := known.get(one.request_id)) is not None]
     return Score(
         ttft_s=figure(done, lambda one: one.ttft_s),
         tpot_s=figure(done, lambda one: one.tpot_s),
+        itl_s=_of_gaps(together((beside.gaps or {}).values())),
+        longest_gap_s=figure(done, lambda one: one.longest_gap_s),
         latency_s=figure(done, lambda one: one.latency_s),
         num_failed=len(counted) - len(done),
+        num_preemptions=sum(loss.num_preemptions for loss in losses),
+        lost_s=sum(loss.seconds for loss in losses),
+        lost_tokens=sum(loss.tokens for loss in losses),
+        attainment=attainment(counted, beside.targets),
     )
 
 
-def by_kind(lived: Sequence[Lived], warm_up_share: float = WARM_UP_SHARE) -> dict[str, Score]:
+def by_kind(
+    lived: Sequence[Lived], warm_up_share: float = WARM_UP_SHARE, beside: Beside = NOTHING_BESIDE
+) -> dict[str, Score]:
     """The same for each kind, and under "" for all."""
     kinds = sorted({one.arrival.kind for one in lived} - {""})
-    counted = lived[int(len(lived) * warm_up_share) :]
-    found = {"": score(counted, 0.0)}
-    return found | {kind: score([one for one in counted if one.arrival.kind == kind], 0.0) for kind in kinds}
+    counted = lived[num_warm_up(len(lived), warm_up_share) :]
+    found = {"": score(counted, 0.0, beside)}
+    for kind in kinds:
+        of_it = {name: gaps for name, gaps in (beside.gaps or {}).items() if name == kind}
+        own = [one for one in counted if one.arrival.kind == kind]
+        found[kind] = score(own, 0.0, replace(beside, gaps=of_it))
+    return found
+
+
+def num_warm_up(num_requests: int, share: float = WARM_UP_SHARE) -> int:
+    """How many of the first ones do not count."""
+    return int(num_requests * share)
+
+
+def attainment(lived: Sequence[Lived], targets: Targets = NO_TARGETS) -> float:
+    """Share of those that want something who got it: the first token in time, each further one in time on average, and
+    a whole answer. `targets` are those of requests that bring none; NaN where nobody wants anything."""
+    wanted = [(one, own) for one in lived if (own := one.arrival.targets or targets)]
+    return sum(_is_met(one, own) for one, own in wanted) / len(wanted) if wanted else math.nan
+
+
+def _is_met(one: Lived, wanted: Targets) -> bool:
+    if one.error or not one.is_over:
+        return False
+    has_ttft = wanted.ttft_s is None or one.ttft_s <= wanted.ttft_s
+    # A single token has no second one to come late.
+    return has_ttft and (wanted.tpot_s is None or not one.tpot_s > wanted.tpot_s)
+
+
+def _of_gaps(gaps: Gaps) -> Figure:
+    return Figure(gaps.mean_s, math.nan, gaps.quantile_s(0.5), gaps.quantile_s(0.99), gaps.num)
 
 
 def figure(lived: Sequence[Lived], measure: Callable[[Lived], float]) -> Figure:

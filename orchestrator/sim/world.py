@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from migration.types import Epoch, InstanceId, Outcome
+from instance.spec import MigrationSummary
+from migration.types import Epoch, InstanceId, Outcome, RequestId
 from orchestrator.errors import StartUpError
 from orchestrator.events import GatewayStarted, InstanceStarted
 from orchestrator.gateway.loop import GatewayLoop
@@ -21,12 +22,16 @@ from orchestrator.sim.arms import ARMS, Arm
 from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.clients import Clients
 from orchestrator.sim.copying import LinkParams, Links
+from orchestrator.sim.day import Counts
 from orchestrator.sim.fleet import SimFleet
 from orchestrator.sim.instance import InstanceParams, SimInstance
 from orchestrator.sim.journal import MemoryJournal
 from orchestrator.sim.lengths import LengthConfig
+from orchestrator.sim.losses import Losses
 from orchestrator.sim.network import Network
+from orchestrator.sim.presence import Presence
 from orchestrator.sim.steptime import StepTimes
+from orchestrator.sim.watching import Watch
 from orchestrator.state import CoreParams
 
 
@@ -60,19 +65,6 @@ class WorldParams:
     """What is not answered so long after the last request was sent has failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Of the whole fleet, its ended instances included."""
-
-    preemptions: int
-    migrations: int
-    """Committed."""
-    broken_off: int
-    """Ended otherwise."""
-    copied_bytes: int
-    messages: int
-
-
 class World:
     """One fleet. `play` once."""
 
@@ -88,6 +80,10 @@ class World:
         self.fleet = SimFleet(params.call_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
         self.clients = Clients(self.gateways)
+        self.fleet.on_commit = self._has_moved
+        self.losses = Losses()
+        self.presence = Presence()
+        self.watch = Watch(self.instances, self.fleet, core.levels.load_params)
         self.core = params.arm.make_core(params.core)
         now_s = asyncio.get_running_loop().time()
         has_journal = params.keeps_journal or params.hashes_journal
@@ -108,6 +104,7 @@ class World:
         await self._start()
         try:
             await asyncio.sleep(self.params.settle_s)
+            self.watch.begin()
             playing = asyncio.create_task(self._send(arrivals), name="clients")
             await asyncio.wait((playing, self._bug, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
             if not playing.done():
@@ -118,6 +115,7 @@ class World:
                 raise RuntimeError("a part of the fleet ended by itself")
             playing.result()
         finally:
+            self.watch.end()
             await self._stop()
         return [self.clients.lived[request_id] for request_id in self.clients.lived]
 
@@ -140,6 +138,8 @@ class World:
         of_each = InstanceParams(params.engine, params.times, most, params.max_waiting)
         instance = SimInstance(name, epoch, of_each, self.network, self.links)
         instance.on_bug = self._found_bug
+        instance.engine.batch.losses = self.losses
+        self.presence.began_s[instance.actor_name] = asyncio.get_running_loop().time()
         self.instances[name] = instance
         self.fleet.instances[instance.actor_name] = instance
         return InstanceStarted(
@@ -161,6 +161,7 @@ class World:
     def _forget(self, instance: SimInstance) -> None:
         del self.instances[instance.name]
         self.ended.append(instance)
+        self.presence.ended_s[instance.actor_name] = asyncio.get_running_loop().time()
 
     def _make_gateway(self, number: int) -> GatewayLoop:
         core = self.params.core
@@ -200,6 +201,10 @@ class World:
         for instance in self.instances.values():
             instance.kill()
 
+    def _has_moved(self, summary: MigrationSummary) -> None:
+        if summary.moved_tokens:  # else it waited before the move, too: its client cannot tell the two apart
+            self.clients.has_moved(RequestId(summary.request_id), summary.destination)
+
     def _found_bug(self, error: BaseException) -> None:
         if not self._bug.done():
             self._bug.set_exception(error)
@@ -212,10 +217,13 @@ class _Launcher:
         self._world = world
 
     async def start(self, instance: InstanceId, epoch: Epoch) -> InstanceStarted:
+        began_s = asyncio.get_running_loop().time()
         await asyncio.sleep(self._world.params.start_s)
         if instance in self._world.instances:
             raise StartUpError(f"{instance} is there already")
-        return self._world.start_instance(instance, epoch)
+        started = self._world.start_instance(instance, epoch)
+        self._world.presence.began_s[started.actor_name] = began_s
+        return started
 
     async def stop(self, instance: InstanceId, epoch: Epoch) -> None:
         await self._world.stop_instance(instance, epoch)

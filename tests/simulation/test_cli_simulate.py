@@ -11,11 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psutil
 import pytest
 
+from orchestrator.cli import run_cli
+from orchestrator.cli_simulate_run import rates_of
+
 KVFERRY = str(Path(sys.executable).with_name("kvferry"))
+SHORT = ("--workload", "S-S", "--requests", "30", "--instances", "2")
 SMALL = ("--requests", "60", "--instances", "2", "--rate", "4")
 
 
@@ -73,6 +78,7 @@ def test_two_arms_get_the_same_requests_and_two_runs_say_the_same(tmp_path: Path
     written = run("first.json")
     assert written == run("second.json")
     days = json.loads(written)["days"]
+    assert all(day["scores"]["urgent"]["itl_s"]["n"] > 0 for day in days)
     assert [day["arm"] for day in days] == ["ours", "llumnix"]
     assert {kind: score["ttft_s"]["n"] for kind, score in days[0]["scores"].items()} == {
         kind: score["ttft_s"]["n"] for kind, score in days[1]["scores"].items()
@@ -93,17 +99,100 @@ def test_two_arms_get_the_same_requests_and_two_runs_say_the_same(tmp_path: Path
         (("--seeds", "0"), "--seeds is 0, it must be at least 1"),
         (("--urgent", "1"), "--urgent is 1, it must be a share below 1"),
         (("--profiles", "missing.json"), "--profiles missing.json"),
+        (("--model", "x"), "--model names an entry of --profiles, which is not given"),
+        (("--slo-ttft", "0"), "--slo-ttft is 0.0, it must be a number of seconds above 0"),
+        (("--arm", "ours", "--against", "llumnix"), "--against llumnix: it must be one of the arms: --arm llumnix"),
+        (("--json", "no/such/file"), "--json: there is no folder no/such"),
     ],
 )
-def test_a_wrong_flag_is_named(words: tuple[str, ...], why: str) -> None:
-    told = kvferry("compare", *words)
-    assert told.returncode == 2
-    assert why in told.stderr and "Traceback" not in told.stderr
+def test_a_wrong_flag_is_named(
+    words: tuple[str, ...],
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(["simulate", "compare", *words]) == 2
+    assert why in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_it_and_its_workers() -> None:
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("sweep", "--rate", "1:2"), "--rate is '1:2': name requests a second above 0, or FROM:TO:STEP such as"),
+        (("sweep", "--rate", "2:1:1"), "--rate is '2:1:1': 1 is below 2"),
+        (("sweep", "--rate", "1:9:0.001"), "--rate is '1:9:0.001': that is more than 200 rates"),
+        (("sweep", "--rate", "nan"), "--rate is 'nan': name requests a second above 0"),
+        (("run", "--out", "no/such/folder"), "--out: there is no folder no/such"),
+        (("run", "--journal", "."), "--journal: . is a folder, name a file"),
+        (("run", "--arm", "best"), "no arm named 'best'; there: round-robin"),
+        (("report", "missing.json"), "missing.json cannot be read: No such file or directory"),
+        (("report", "other.json"), "other.json is no result of `kvferry simulate`: it holds no simulated days"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_or_a_file_is_said(
+    words: tuple[str, ...],
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text("{}")
+    assert run_cli(["simulate", *words]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_rates_are_named_one_by_one_or_as_a_span() -> None:
+    assert rates_of(["3", "1:2:0.5", "3", "0.1:0.3:0.1"]) == [3.0, 1.0, 1.5, 2.0, 0.1, 0.2, 0.3]
+
+
+def test_a_day_is_written_whole_replayed_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(["simulate", "run", *SHORT, "--slo-ttft", "5", "--out", "day", "--journal", "journal"]) == 0
+    told = capsys.readouterr().out
+    assert "result: day/result.json" in told and "TTFT s" in told and "instance h" in told
+    written = json.loads(Path("day/result.json").read_text())
+    assert len(written["days"]) == 1 and written["days"][0]["scores"][""]["attainment"] == 1.0
+    num_seconds = len(written["days"][0]["series"]["at_s"])
+    assert num_seconds > 10
+    assert [len(one["free_blocks"]) for one in written["instances"]] == [num_seconds] * 2
+    assert run_cli(["replay", "journal"]) == 0
+    assert "all as written" in capsys.readouterr().out
+
+    assert run_cli(["simulate", "run", *SHORT, "--arm", "dispatch", "--out", "other"]) == 0
+    files = ["day/result.json", "other/result.json"]
+    assert run_cli(["simulate", "report", *files, "--html", "page.html"]) == 0
+    page = ElementTree.fromstring(Path("page.html").read_text().removeprefix("<!DOCTYPE html>"))
+    titles = {"".join(one.itertext()) for one in page.iter("figcaption")}
+    assert {"Time to first token", "Freeness, ours", "Moves"} <= titles
+    assert run_cli(["simulate", "report", files[0], files[0]]) == 2
+    assert "is there twice: name each result once" in capsys.readouterr().err
+    assert run_cli(["simulate", "report", *files, "--against", "llumnix"]) == 2
+    assert "there is no day of 'llumnix' to compare with" in capsys.readouterr().err
+
+
+def test_a_sweep_tells_each_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # in this process: others would take longer to start than to work
+    out = tmp_path / "sweep.json"
+    words = (*SHORT, "--arm", "dispatch", "--arm", "ours", "--json", str(out))
+    assert run_cli(["simulate", "sweep", *words, "--rate", "2:4:2", "--against", "dispatch"]) == 0
+    assert "Ratios to dispatch" in capsys.readouterr().out
+    days = [(day["requests_per_s"], day["arm"]) for day in json.loads(out.read_text())["days"]]
+    assert days == [(2.0, "dispatch"), (2.0, "ours"), (4.0, "dispatch"), (4.0, "ours")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("compare",), ""), (("sweep", "--rate", "5:6:1"), "interrupted after 0 of 14 days")]
+)
+def test_ctrl_c_ends_it_and_its_workers(words: tuple[str, ...], said: str) -> None:
     process = subprocess.Popen(
-        [KVFERRY, "simulate", "compare", "--requests", "100000"],
+        [KVFERRY, "simulate", *words, "--requests", "100000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,7 +204,7 @@ def test_ctrl_c_ends_it_and_its_workers() -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, told = process.communicate(timeout=30)
         assert process.returncode == 130, told
-        assert "Traceback" not in told
+        assert "Traceback" not in told and said in told
         deadline_s = time.monotonic() + 10
         while group_of(process.pid):  # the last to go is multiprocessing's own helper
             assert time.monotonic() < deadline_s, "its workers live on"

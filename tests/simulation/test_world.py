@@ -18,12 +18,13 @@ from orchestrator.events import DrainRequested
 from orchestrator.policy.columns import Rule
 from orchestrator.sim.arms import ARMS, Arm
 from orchestrator.sim.arrivals import Arrival, Lived
+from orchestrator.sim.day import Counts
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.score import littles_law_gap
 from orchestrator.sim.steptime import StepTimes
 from orchestrator.sim.workload import Zipf, gamma_times, generated
-from orchestrator.sim.world import Counts, World, WorldParams
+from orchestrator.sim.world import World, WorldParams
 
 SMALL = LengthConfig(num_blocks=96, block_size=16, max_model_len=6_144, max_num_seqs=32, max_num_batched_tokens=512)
 TIMES = StepTimes(base_s=0.01, token_s=0.0001, request_s=0.0005)
