@@ -113,6 +113,7 @@ def test_a_wrong_flag_is_named(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KVFERRY_DATA", raising=False)
     assert run_cli(["simulate", "compare", *words]) == 2
     assert why in capsys.readouterr().err
 
