@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from orchestrator.errors import ConfigError
 if TYPE_CHECKING:
     from orchestrator.sim.compare import Day, Question
     from orchestrator.sim.steptime import StepTimes
+    from orchestrator.sim.twin import Twin
 
 WIDTH_OF_A_FILE = 160
 COLUMNS = ("TTFT s", "P99", "TPOT ms", "P99", "latency s", "+-", "P99", "failed", "preempted", "moved", "broken off")
@@ -48,8 +49,11 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     ] = "M-M",
     rate: Annotated[float, typer.Option(metavar="R", help="Requests a second, of the whole fleet.")] = 7.5,
     requests: Annotated[int, typer.Option(help="How many.")] = 2_000,
-    instances: Annotated[int, typer.Option(help="Of 13,616 tokens each.")] = 16,
-    gateways: Annotated[int, typer.Option(help="They share the requests.")] = 1,
+    instances: Annotated[
+        int | None,
+        typer.Option(help="Of 13,616 tokens each, or as the twin's. Default: 16, or as many as the twin has."),
+    ] = None,
+    gateways: Annotated[int | None, typer.Option(help="They share the requests. Default: 1, or as the twin's.")] = None,
     cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1: Poisson.")] = 1.0,
     urgent: Annotated[float, typer.Option(metavar="SHARE", help="Of the requests that are urgent.")] = 0.0,
     arm: Annotated[
@@ -60,26 +64,37 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
         Path | None, typer.Option(metavar="FILE", help="Step times of other engines (step_time_models.json).")
     ] = None,
     model: Annotated[str, typer.Option(help="Which of them.")] = "",
+    twin: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A fleet like that of this file (`kvferry simulate fit`).")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here, too.")] = None,
 ) -> None:
     """The same requests for each arm: latencies, preemptions, moves."""
     from orchestrator.sim import compare as simulated  # noqa: PLC0415
     from orchestrator.sim.arms import ARMS, arm_of  # noqa: PLC0415
-    from orchestrator.sim.workload import llumnix_lengths  # noqa: PLC0415
+    from orchestrator.sim.workload import MAX_TOKENS, llumnix_lengths  # noqa: PLC0415
 
     names = list(dict.fromkeys(arm)) if arm else list(ARMS)
     for name in names:
         arm_of(name)
     llumnix_lengths(workload)
     _require(rate > 0 and cv > 0, "--rate and --cv must be positive")
+    _require(twin is None or profiles is None, "--twin has step times of its own: leave --profiles out")
+    fleet = _twin(twin)
+    instances = fleet.num_instances if instances is None else instances
+    gateways = fleet.num_gateways if gateways is None else gateways
     counts = {"--requests": requests, "--instances": instances, "--gateways": gateways, "--seeds": seeds}
     for flag, count in counts.items():
         _require(count >= 1, f"{flag} is {count}, it must be at least 1")
     _require(0 <= urgent < 1, f"--urgent is {urgent:g}, it must be a share below 1")
-    _require(out is None or out.parent.is_dir(), f"--json: there is no folder {out.parent if out else ''}")
-    question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent)
-    if profiles is not None:
-        question = replace(question, times=_times(profiles, model))
+    _require_folder(out)
+    _require(
+        twin is None or fleet.engine.max_model_len >= MAX_TOKENS,
+        f"--twin {twin}: its instances hold {fleet.engine.max_model_len:,} tokens, and a request of these workloads may"
+        f" have {MAX_TOKENS:,}",
+    )
+    times = fleet.times if profiles is None else _times(profiles, model)
+    question = simulated.Question(workload, rate, cv, requests, instances, gateways, urgent, times, fleet.engine)
     days: list[Day] = []
     console = Console(stderr=True)
     with console.status("simulating") as status:
@@ -91,9 +106,53 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
         out.write_text(json.dumps(_as_values(question, days), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+@app.command()
+def fit(
+    journal: Annotated[Path, typer.Argument(metavar="JOURNAL", help="As given to `kvferry serve --journal`.")],
+    instance: Annotated[
+        str | None, typer.Option(metavar="NAME", help="All incarnations of this one. Default: of all instances.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="For `compare --twin FILE`.")] = None,
+) -> None:
+    """Step times of a real fleet, from the journal of its run."""
+    from orchestrator.journal.reader import JournalFiles  # noqa: PLC0415
+    from orchestrator.sim.fitting import fitted  # noqa: PLC0415
+    from orchestrator.sim.observed import observed  # noqa: PLC0415
+    from orchestrator.sim.twin import fit_lines, written  # noqa: PLC0415
+
+    _require_folder(out)
+    with JournalFiles(journal) as files:
+        try:
+            seen = observed((line for _, line in files.lines()), instance)
+            found = fitted(seen)
+        except ConfigError as error:
+            raise ConfigError(f"{journal}: {error}") from error
+        torn = files.reading.torn
+    for line in (*fit_lines(found, seen), *([torn] if torn else [])):
+        typer.echo(line)
+    if out is not None:
+        text = json.dumps(written(found, seen, str(journal)), indent=1, allow_nan=False)
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+def _twin(path: Path | None) -> Twin:
+    from orchestrator.sim.twin import Twin, twin_of  # noqa: PLC0415
+
+    if path is None:
+        return Twin()
+    try:
+        return twin_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--twin {path}: {error}") from error
+
+
 def _require(is_so: bool, otherwise: str) -> None:
     if not is_so:
         raise ConfigError(otherwise)
+
+
+def _require_folder(out: Path | None) -> None:
+    _require(out is None or out.parent.is_dir(), f"--json: there is no folder {out.parent if out else ''}")
 
 
 def _times(path: Path, model: str) -> StepTimes:

@@ -16,8 +16,10 @@ from orchestrator.sim.engine import Ask, encode
 class Clients:
     """All clients of one world: an open loop over its gateways, each request to the next one."""
 
-    def __init__(self, gateways: list[GatewayLoop]) -> None:
+    def __init__(self, gateways: list[GatewayLoop], front_end_s: float = 0.0) -> None:
+        """`front_end_s`: from when a request is sent until its gateway dispatches it."""
         self._gateways = gateways
+        self._front_end_s = front_end_s
         self._loop = asyncio.get_running_loop()
         self.lived: dict[RequestId, Lived] = {}
         self._num_open = 0
@@ -49,6 +51,12 @@ class Clients:
         request_id = RequestId(f"r{arrival.index}")
         self.lived[request_id] = Lived(arrival, self._loop.time())
         self._num_open += 1
+        if self._front_end_s > 0.0:
+            self._loop.call_later(self._front_end_s, self._submit, request_id, arrival)
+        else:
+            self._submit(request_id, arrival)
+
+    def _submit(self, request_id: RequestId, arrival: Arrival) -> None:
         payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens))
         self._gateways[arrival.index % len(self._gateways)].submit(
             Outgoing(

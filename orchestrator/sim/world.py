@@ -47,6 +47,8 @@ class WorldParams:
     """Of a message between two processes."""
     call_s: float = 0.001
     """Of a call to an actor, each way."""
+    front_end_s: float = 0.0
+    """What HTTP, the front end and the tokenizer take of each request, there and back."""
     start_s: float = 30.0
     """Until an instance serves that is started while the fleet runs."""
     settle_s: float = 1.0
@@ -85,7 +87,7 @@ class World:
         self.ended: list[SimInstance] = []
         self.fleet = SimFleet(params.call_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
-        self.clients = Clients(self.gateways)
+        self.clients = Clients(self.gateways, params.front_end_s)
         self.core = params.arm.make_core(params.core)
         now_s = asyncio.get_running_loop().time()
         self.journal = MemoryJournal(self.core, now_s) if params.keeps_journal else None
