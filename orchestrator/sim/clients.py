@@ -17,9 +17,10 @@ class Clients:
     """All clients of one world: an open loop over its gateways, each request to the next one."""
 
     def __init__(self, gateways: list[GatewayLoop], front_end_s: float = 0.0) -> None:
-        """`front_end_s`: from when a request is sent until its gateway dispatches it."""
+        """`front_end_s`: what a gateway takes for each request before it dispatches it; one after the other."""
         self._gateways = gateways
         self._front_end_s = front_end_s
+        self._free_at_s = [0.0] * len(gateways)
         self._loop = asyncio.get_running_loop()
         self.lived: dict[RequestId, Lived] = {}
         self._num_open = 0
@@ -52,7 +53,9 @@ class Clients:
         self.lived[request_id] = Lived(arrival, self._loop.time())
         self._num_open += 1
         if self._front_end_s > 0.0:
-            self._loop.call_later(self._front_end_s, self._submit, request_id, arrival)
+            number = arrival.index % len(self._gateways)
+            self._free_at_s[number] = max(self._free_at_s[number], self._loop.time()) + self._front_end_s
+            self._loop.call_at(self._free_at_s[number], self._submit, request_id, arrival)
         else:
             self._submit(request_id, arrival)
 

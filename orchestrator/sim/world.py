@@ -48,7 +48,7 @@ class WorldParams:
     call_s: float = 0.001
     """Of a call to an actor, each way."""
     front_end_s: float = 0.0
-    """What HTTP, the front end and the tokenizer take of each request, there and back."""
+    """Of each request, in its gateway: HTTP, the front end, the tokenizer. They do one request at a time."""
     start_s: float = 30.0
     """Until an instance serves that is started while the fleet runs."""
     settle_s: float = 1.0

@@ -14,6 +14,7 @@ from random import Random
 import msgspec
 import pytest
 
+from instance.messages import LoadReport, StepTotals
 from orchestrator import cli_simulate
 from orchestrator.errors import ConfigError, JournalError
 from orchestrator.events import ReportReceived
@@ -166,6 +167,45 @@ def test_a_stall_moves_nothing_much_and_is_told() -> None:
     fit = fitted(replace(seen, windows=(*seen.windows[:number], stalled, *seen.windows[number + 1 :])))
     assert fit.times.step_s((), 8, 3_000) == pytest.approx(FAST.step_s((), 8, 3_000), rel=0.03)
     assert fit.stalled_share == pytest.approx(30.0 / fit.busy_s)
+
+
+# ---------------------------------------------------------------------- windows
+IDLE = LoadReport("i", 1, 0, "serving", 16, 900, 900, 0, 0, 0, (), 0, 0, 0.0, 0, 0, 0)
+
+
+def entry(now_s: float, num_running: int, num_steps: int, busy_s: float, epoch: int = 1) -> Entry:
+    """Of steps that decode ten requests."""
+    tokens = 10 * num_steps
+    steps = StepTotals(num_steps, 0, tokens, 0, tokens, 100 * tokens, 0, busy_s)
+    report = msgspec.structs.replace(IDLE, epoch=epoch, num_running=num_running, steps=steps)
+    return Entry(now_s, "", ReportReceived(report))
+
+
+def windows(*entries: Entry) -> list[tuple[float, float, float, bool]]:
+    """(steps, busy ms, ms by the clock, whether it was busy all the time)"""
+    return [
+        (one.work.terms[0], round(1e3 * one.work.seconds), round(1e3 * one.wall_s), one.was_busy)
+        for one in observed(entries).windows
+    ]
+
+
+def test_a_step_longer_than_the_time_between_reports_is_one_window() -> None:
+    told = (entry(0.0, 10, 5, 1.0), entry(0.1, 10, 5, 1.0), entry(0.2, 10, 5, 1.0), entry(0.3, 10, 6, 1.25))
+    assert windows(*told) == [(1, 250, 300, True)]
+
+
+def test_a_pause_is_told_from_work() -> None:
+    told = (entry(0.0, 10, 5, 1.0), entry(0.1, 0, 5, 1.0), entry(0.2, 10, 5, 1.0), entry(0.3, 10, 6, 1.25))
+    assert [is_busy for *_, is_busy in windows(*told, entry(0.4, 10, 7, 1.35))] == [False, True]
+
+
+def test_each_incarnation_counts_from_its_own_beginning() -> None:
+    told = (entry(0.0, 10, 50, 1.0), entry(0.1, 10, 60, 1.1), entry(9.0, 10, 4, 0.4, epoch=2))
+    assert windows(*told, entry(9.2, 10, 6, 0.5, epoch=2)) == [
+        (10, 100, 100, True),
+        (2, 100, 200, True),
+    ]
+    assert windows(*told, entry(9.2, 10, 99, 99.0, epoch=3))[1:] == [], "nothing lies between two incarnations"
 
 
 # ---------------------------------------------------------------------- on the command line
