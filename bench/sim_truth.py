@@ -6,7 +6,8 @@ Real vLLM engines on this machine's CPU behind one gateway, as `kvferry serve` c
 to which step times are fitted by the journal (as `kvferry simulate fit` does) and one constant by its clients, what a
 request waits for beside its engine; B, of another rate and other lengths; and C, as B but far more at once than the
 engines hold, so that queues and memory decide. The simulator gets the requests of B and C at the times at which they
-were sent, and knows nothing else of them. Last, the published run of `shared/data` (KVFERRY_DATA), if it is there.
+were sent, and knows nothing else of them. Runs take turns, and A is all of its turns together: a machine that gets
+slower does so for each. Last, the published run of `shared/data` (KVFERRY_DATA), if it is there.
 
 Nothing else should run on the machine: engines that wait for its cores are slower in one run than in the other, and no
 fit knows when.
@@ -31,7 +32,7 @@ from rich.table import Table
 from bench.policy_workload import Workload
 from bench.report import Result, Value, spread_of, this_machine, write_result
 from bench.sim_truth_runs import Plan, config, play_all
-from bench.sim_truth_twin import Run, Served, Told, errors, published, simulated, told, twin_of
+from bench.sim_truth_twin import Run, Served, Told, Twin, errors, published, simulated, told, twin_of
 from bench.steptime_tables import data_folder
 from orchestrator.errors import OrchestratorError
 from orchestrator.runtime import checks
@@ -75,36 +76,23 @@ def plans(num_rounds: int, duration_s: float, num_instances: int) -> list[Plan]:
 class Foretold:
     """What was foretold of one run, and what became of it."""
 
-    kind: str
+    name: str
     measured: tuple[Served, ...]
     foretold: tuple[Served, ...]
     step_error: float
-    """Of its steps alone, by the fit to A: what the machine's speed has changed by, and what the fit lacks."""
+    """Of its steps alone, by the fit to all of A: what the machine's speed has changed by, and what the fit lacks."""
+
+    @property
+    def kind(self) -> str:
+        return self.name[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    runs: tuple[Foretold, ...]
-    """A itself first, then B and C."""
-    front_end_s: float
-    lines: tuple[str, ...]
-    """What was fitted, for people."""
-
-
-def judged(runs: Sequence[Run], journal: Path, num_instances: int) -> list[Round]:
-    rounds = []
-    for first in range(0, len(runs), len(KINDS)):
-        of_round = runs[first : first + len(KINDS)]
-        fitted_to = of_round[0]
-        twin = twin_of(fitted_to, journal, num_instances)
-        foretold = [
-            Foretold(kind, run.requests, simulated(run.requests, twin.params), twin.busy_error(run.lines_of(journal)))
-            for kind, run in zip(KINDS, of_round, strict=True)
-        ]
-        lines = [f"{fitted_to.name}: {line}" for line in fit_lines(twin.fit, twin.seen) if line]
-        lines.append(f"{fitted_to.name}: {1e3 * twin.params.front_end_s:.2f} ms of each request beside the engine")
-        rounds.append(Round(tuple(foretold), twin.params.front_end_s, tuple(lines)))
-    return rounds
+def foretold(runs: Sequence[Run], journal: Path, twin: Twin) -> list[Foretold]:
+    """A itself, too: what is off there is no matter of another load."""
+    return [
+        Foretold(run.name, run.requests, simulated(run.requests, twin.params), twin.busy_error(run.lines_of(journal)))
+        for run in runs
+    ]
 
 
 def row_of(real: Told, found: Told) -> dict[str, Value]:
@@ -126,68 +114,61 @@ def table_of(pairs: dict[str, tuple[Told, Told]]) -> Table:
     return table
 
 
-def pairs_of(rounds: Sequence[Round]) -> dict[str, tuple[Told, Told]]:
+def pairs_of(found: Sequence[Foretold]) -> dict[str, tuple[Told, Told]]:
     """(measured, foretold) of each run, and of all of a kind together."""
-    pairs = {}
-    for place, kind in enumerate(KINDS):
-        own = [one.runs[place] for one in rounds]
-        for number, run in enumerate(own, 1):
-            pairs[f"{kind}{number}"] = told([run.measured]), told([run.foretold])
-        pairs[kind] = told([run.measured for run in own]), told([run.foretold for run in own])
+    pairs: dict[str, tuple[Told, Told]] = {}
+    for kind in KINDS:
+        own = [one for one in found if one.kind == kind]
+        pairs |= {one.name: (told([one.measured]), told([one.foretold])) for one in own}
+        pairs[kind] = told([one.measured for one in own]), told([one.foretold for one in own])
     return pairs
 
 
-def result_of(rounds: Sequence[Round], pairs: dict[str, tuple[Told, Told]], num_instances: int, load: float) -> Result:
+def result_of(found: Sequence[Foretold], pairs: dict[str, tuple[Told, Told]], twin: Twin, load: float) -> Result:
     figures: dict[str, float | int | None] = {}
     for prefix, name in (("", "B"), ("full_", "C"), ("published_", PUBLISHED_RUN)):
         if name in pairs:
-            real, found = pairs[name]
-            figures |= {f"{prefix}{measure}_error": abs(off) for measure, off in errors(found, real).items()}
-    everybody = [run for one in rounds for run in one.runs]
+            off = errors(pairs[name][1], pairs[name][0])
+            figures |= {f"{prefix}{measure}_error": abs(value) for measure, value in off.items()}
+    by_kind = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
     return Result(
         name="sim_truth",
         command=" ".join(["python", "-m", "bench.sim_truth", *sys.argv[1:]]),
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        figures=figures | {"load_before": load},
+        figures=figures | {"front_end_s": twin.params.front_end_s, "load_before": load},
         arms={name: row_of(*pair) for name, pair in pairs.items()},
         n={
-            "rounds": len(rounds),
-            "instances": num_instances,
-            **{f"requests_{kind}": sum(len(one.measured) for one in everybody if one.kind == kind) for kind in KINDS},
+            "rounds": len(by_kind["A"]),
+            "instances": twin.params.num_instances,
+            **{f"requests_{kind}": sum(len(one.measured) for one in own) for kind, own in by_kind.items()},
         },
-        spread={
-            **{
-                f"step_error_{kind}": spread_of([one.step_error for one in everybody if one.kind == kind])
-                for kind in KINDS
-            },
-            "front_end_s": spread_of([one.front_end_s for one in rounds]),
-        },
+        spread={f"step_error_{kind}": spread_of([one.step_error for one in own]) for kind, own in by_kind.items()},
         machine=this_machine(),
     )
 
 
-def tell(rounds: Sequence[Round], options: argparse.Namespace, load: float) -> None:
+def tell(found: Sequence[Foretold], twin: Twin, load: float, out: Path | None) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    pairs, folder = pairs_of(rounds), data_folder()
+    pairs, folder = pairs_of(found), data_folder()
     if folder is not None:
-        real, found = published(folder)
-        pairs[PUBLISHED_RUN] = told([real]), told([found])
-    for line in (line for one in rounds for line in one.lines):
+        real, simulated_one = published(folder)
+        pairs[PUBLISHED_RUN] = told([real]), told([simulated_one])
+    for line in fit_lines(twin.fit, twin.seen):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{1e3 * twin.params.front_end_s:.2f} ms of each request beside the engine", highlight=False)
     console.print(table_of(pairs))
-    for number, one in enumerate(rounds, 1):
-        steps = ", ".join(f"{run.kind}{number} {run.step_error:+.1%}" for run in one.runs)
-        console.print(f"the engines' busy time by the fit to A{number}: {steps}", highlight=False)
-    result = result_of(rounds, pairs, options.instances, load)
+    steps = ", ".join(f"{one.name} {one.step_error:+.1%}" for one in found)
+    console.print(f"the engines' busy time by the fit to A: {steps}", highlight=False, soft_wrap=True)
+    result = result_of(found, pairs, twin, load)
     for name, value in result.figures.items():
         bar = next((bar for measure, bar in BARS.items() if name.endswith(measure)), None)
         missed = "" if bar is None or value is None or value <= bar else f"  MISSED: the bar is {bar:g}"
         console.print(f"{name} {value:.4g}{missed}", highlight=False)
     if load > QUIET_LOAD:
         console.print(f"the machine was not quiet (load {load:.1f} before it began): these figures are of little worth")
-    if options.json:
-        write_result(options.json, result)
-        console.print(f"result: {options.json}")
+    if out:
+        write_result(out, result)
+        console.print(f"result: {out}")
 
 
 def play(num_instances: int, num_rounds: int, duration_s: float, folder: Path) -> list[Run]:
@@ -233,13 +214,14 @@ def main() -> int:
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 runs = play(options.instances, num_rounds, duration_s, folder)
-            rounds = judged(runs, folder / JOURNAL, options.instances)
+            twin = twin_of([run for run in runs if run.name[0] == "A"], folder / JOURNAL, options.instances)
+            found = foretold(runs, folder / JOURNAL, twin)
         except (OrchestratorError, TimeoutError, OSError, msgspec.ValidationError) as error:
             sys.stderr.write(f"bench.sim_truth: {error or 'it took too long'}\n")
             return 1
         except KeyboardInterrupt:
             return 130
-        tell(rounds, options, load)
+        tell(found, twin, load, options.json)
     return 0
 
 

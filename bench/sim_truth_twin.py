@@ -110,15 +110,19 @@ class Twin:
         return sum(map(self.fit.busy_s_of, works)) / sum(work.seconds for work in works) - 1.0
 
 
-def twin_of(run: Run, journal: Path, num_instances: int) -> Twin:
-    """Everything from this run: step times and sizes from the journal, and from its clients what a request waits for
-    beside its engine (HTTP, tokenizer, the way there and back), as the median by which its first token came later."""
-    seen = observed(run.lines_of(journal))
+def twin_of(runs: Sequence[Run], journal: Path, num_instances: int) -> Twin:
+    """Everything from these runs: step times and sizes from the journal, and from their clients what a request waits
+    for beside its engine (HTTP, tokenizer, the way there and back), as the median by which first tokens came later."""
+    of_runs = [observed(run.lines_of(journal)) for run in runs]
+    seen = replace(of_runs[0], windows=tuple(window for one in of_runs for window in one.windows))
     fit = fitted(seen)
     params = WorldParams(num_instances=num_instances, engine=seen.engine, times=fit.times, arm=ARM)
-    pairs = zip(run.requests, simulated(run.requests, params), strict=True)
-    later_s = statistics.median(real.first_s - found.first_s for real, found in pairs)
-    return Twin(replace(params, front_end_s=max(0.0, later_s)), fit, seen)
+    later_s = [
+        real.first_s - found.first_s
+        for run in runs
+        for real, found in zip(run.requests, simulated(run.requests, params), strict=True)
+    ]
+    return Twin(replace(params, front_end_s=max(0.0, statistics.median(later_s))), fit, seen)
 
 
 def simulated(requests: Sequence[Served], params: WorldParams) -> tuple[Served, ...]:

@@ -121,7 +121,7 @@ def fit(
     from orchestrator.sim.twin import fit_lines, written  # noqa: PLC0415
 
     _require_folder(out)
-    with JournalFiles(journal) as files:
+    with JournalFiles(journal) as files, Console(stderr=True).status("reading the journal"):
         try:
             seen = observed((line for _, line in files.lines()), instance)
             found = fitted(seen)

@@ -32,9 +32,9 @@ class Twin:
 
 def fit_lines(fit: Fit, seen: Observed) -> list[str]:
     """For people."""
-    engine = seen.engine
+    engine, plural = seen.engine, "s" if seen.num_instances > 1 else ""
     lines = [
-        f"{seen.num_instances} instances of {engine.num_blocks:,} blocks of {engine.block_size} tokens,"
+        f"{seen.num_instances} instance{plural} of {engine.num_blocks:,} blocks of {engine.block_size} tokens,"
         f" {engine.max_num_seqs} requests and {engine.max_num_batched_tokens:,} tokens a step at most",
         f"{fit.num_steps:,} steps in {fit.busy_s:.1f} s, told in {fit.num_windows:,} reports",
         "",

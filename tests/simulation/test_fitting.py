@@ -226,7 +226,7 @@ def test_a_journal_is_fitted_and_its_twin_is_asked(tmp_path: Path) -> None:
     assert (question["num_instances"], question["engine"]["num_blocks"]) == (2, 900)
     assert question["times"]["base_s"] == pytest.approx(FAST.base_s, rel=0.02)
     one = kvferry("fit", str(tmp_path / "journal"), "--instance", "instance-1")
-    assert one.returncode == 0 and one.stdout.startswith("1 instances of 900 blocks")
+    assert one.returncode == 0 and one.stdout.startswith("1 instance of 900 blocks")
 
 
 def test_what_is_no_journal_or_too_short_is_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ FORETOLD = asked(2, Zipf(256, 1.5, 1_536), Zipf(48, 1.5, 512), 25.0, 300)
 def test_a_day_is_foretold_from_another_one(tmp_path: Path) -> None:
     run, journal = lived_there("A", TRUE, FITTED_TO)
     (tmp_path / "journal").write_bytes(journal)
-    twin = twin_of(run, tmp_path / "journal", 1)
+    twin = twin_of([run], tmp_path / "journal", 1)
     assert twin.params.front_end_s == pytest.approx(TRUE.front_end_s, rel=0.05)
     other, others_journal = lived_there("B", TRUE, FORETOLD)
     (tmp_path / "other").write_bytes(others_journal)
@@ -77,7 +77,7 @@ def test_a_slower_machine_is_not_foretold(tmp_path: Path) -> None:
     """A negative control: the errors are those of what was measured, whatever is known."""
     run, journal = lived_there("A", TRUE, FITTED_TO)
     (tmp_path / "journal").write_bytes(journal)
-    twin = twin_of(run, tmp_path / "journal", 1)
+    twin = twin_of([run], tmp_path / "journal", 1)
     slower = replace(TRUE, times=replace(TRUE.times, base_s=8e-3, token_s=180e-6))
     other, others_journal = lived_there("B", slower, FORETOLD)
     (tmp_path / "other").write_bytes(others_journal)
