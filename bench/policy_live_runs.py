@@ -144,10 +144,10 @@ def config() -> ServeConfig:
 
 
 # ---- what the fleet says
-def counts(admin_address: str) -> tuple[int, bool]:
+def counts(admin_address: str, num_instances: int = NUM_INSTANCES) -> tuple[int, bool]:
     """(preemptions so far, whether nothing runs or waits)."""
     instances = _instances(admin_address)
-    heard = len(instances) == NUM_INSTANCES and all(one.HasField("report_age_s") for one in instances)
+    heard = len(instances) == num_instances and all(one.HasField("report_age_s") for one in instances)
     idle = heard and all(one.num_running + one.num_waiting == 0 for one in instances)
     return sum(one.num_preemptions for one in instances), idle
 
@@ -165,11 +165,11 @@ def _instances(admin_address: str) -> list[pb.Instance]:
         return [one for one in client.instances().instances if one.state != pb.INSTANCE_STATE_STOPPED]
 
 
-async def settled(cluster: Cluster) -> int:
+async def settled(cluster: Cluster, num_instances: int = NUM_INSTANCES) -> int:
     """Preemptions so far, once nothing runs."""
     deadline_s = time.monotonic() + IDLE_S
     while time.monotonic() < deadline_s:
-        num_preemptions, idle = await asyncio.to_thread(counts, cluster.fleet.address)
+        num_preemptions, idle = await asyncio.to_thread(counts, cluster.fleet.address, num_instances)
         if idle:
             return num_preemptions
         await asyncio.sleep(POLL_S)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from orchestrator import cli_simulate_fit, cli_simulate_report, cli_simulate_run
 from orchestrator import cli_simulate_options as told
-from orchestrator import cli_simulate_report, cli_simulate_run
 
 if TYPE_CHECKING:
     from orchestrator.sim.day import Day
@@ -56,10 +56,10 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     workload: told.Workload = "M-M",
     rate: told.Rate = 7.5,
     requests: told.Requests = 2_000,
-    instances: told.Instances = 16,
-    blocks: told.Blocks = 851,
-    max_model_len: told.MaxModelLen = 8192,
-    gateways: told.Gateways = 1,
+    instances: told.Instances = None,
+    blocks: told.Blocks = None,
+    max_model_len: told.MaxModelLen = None,
+    gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
     arm: told.Arms = None,
@@ -70,6 +70,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     data: told.Data = None,
     profiles: told.Profiles = None,
     model: told.Model = "",
+    twin: told.TwinFile = None,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here, too.")] = None,
 ) -> None:
     """The same requests for each arm: latencies, preemptions, moves."""
@@ -96,6 +97,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
             blocks,
             max_model_len,
             data,
+            twin,
         )
     )
     days: list[Day] = []
@@ -111,3 +113,4 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
 app.command()(cli_simulate_run.run)
 app.command()(cli_simulate_run.sweep)
 app.command()(cli_simulate_report.report)
+app.command()(cli_simulate_fit.fit)

@@ -23,17 +23,34 @@ if TYPE_CHECKING:
     from orchestrator.sim.compare import Question
     from orchestrator.sim.sheets import Sheet
     from orchestrator.sim.steptime import StepTimes
+    from orchestrator.sim.twin import Twin
 
 WIDTH_OF_A_FILE = 160
 
 Workload = Annotated[str, typer.Option(metavar="NAME", help="What is asked; `kvferry simulate workloads` lists it.")]
 Rate = Annotated[float, typer.Option(metavar="R", help="Requests a second, of the whole fleet.")]
 Requests = Annotated[int, typer.Option(help="How many.")]
-Instances = Annotated[int, typer.Option(help="Engines alike.")]
-Blocks = Annotated[int, typer.Option(help="Of 16 tokens of KV, in each instance.")]
-MaxModelLen = Annotated[int, typer.Option(help="Tokens of prompt and answer; what is longer is left out.")]
+Instances = Annotated[
+    int | None, typer.Option(help="Engines alike. Default: 16, or as many as the twin has.", show_default=False)
+]
+Blocks = Annotated[
+    int | None,
+    typer.Option(help="Of KV, in each instance. Default: 851 of 16, or the twin's.", show_default=False),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of prompt and answer; more is left out. Default: 8192, or the twin's.",
+        show_default=False,
+    ),
+]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of published workloads. (KVFERRY_DATA)")]
-Gateways = Annotated[int, typer.Option(help="They share the requests.")]
+Gateways = Annotated[
+    int | None, typer.Option(help="They share the requests. Default: 1, or as the twin's.", show_default=False)
+]
+TwinFile = Annotated[
+    Path | None, typer.Option("--twin", metavar="FILE", help="A fleet like that of this file (`kvferry simulate fit`).")
+]
 Variation = Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1: Poisson.")]
 Urgent = Annotated[float, typer.Option(metavar="SHARE", help="Of the requests that are urgent.")]
 Arms = Annotated[
@@ -62,26 +79,36 @@ class Flags:
     rate: float
     cv: float
     requests: int
-    instances: int
-    gateways: int
+    instances: int | None
+    gateways: int | None
     urgent: float
     profiles: Path | None
     model: str
     slo_ttft: float | None
     slo_tpot: float | None
-    blocks: int
-    max_model_len: int
+    blocks: int | None
+    max_model_len: int | None
     data: Path | None
+    twin: Path | None
 
 
 def question_of(flags: Flags) -> Question:
     """Raises ConfigError for a flag that makes no sense. On stderr: what the first seed's day asks."""
     from orchestrator.policy.targets import Targets  # noqa: PLC0415
     from orchestrator.sim.compare import Question  # noqa: PLC0415
+    from orchestrator.sim.workload import LLUMNIX_NAMES, MAX_TOKENS  # noqa: PLC0415
 
     require(0 < flags.rate < math.inf and 0 < flags.cv < math.inf, "--rate and --cv must be positive")
-    counts = {"--requests": flags.requests, "--instances": flags.instances, "--gateways": flags.gateways}
-    counts |= {"--blocks": flags.blocks, "--max-model-len": flags.max_model_len}
+    require(flags.twin is None or flags.profiles is None, "--twin has step times of its own: leave --profiles out")
+    fleet = _twin(flags.twin)
+    instances, gateways = _given(flags.instances, fleet.num_instances), _given(flags.gateways, fleet.num_gateways)
+    engine = replace(
+        fleet.engine,
+        num_blocks=_given(flags.blocks, fleet.engine.num_blocks),
+        max_model_len=_given(flags.max_model_len, fleet.engine.max_model_len),
+    )
+    counts = {"--requests": flags.requests, "--instances": instances, "--gateways": gateways}
+    counts |= {"--blocks": engine.num_blocks, "--max-model-len": engine.max_model_len}
     for flag, count in counts.items():
         at_least_one(flag, count)
     require(0 <= flags.urgent < 1, f"--urgent is {flags.urgent:g}, it must be a share below 1")
@@ -93,17 +120,18 @@ def question_of(flags: Flags) -> Question:
         requests_per_s=flags.rate,
         coefficient_of_variation=flags.cv,
         num_requests=flags.requests,
-        num_instances=flags.instances,
-        num_gateways=flags.gateways,
+        num_instances=instances,
+        num_gateways=gateways,
         urgent_share=flags.urgent,
+        times=fleet.times if flags.profiles is None else _times(flags.profiles, flags.model),
+        engine=engine,
         targets=Targets(flags.slo_ttft, flags.slo_tpot),
         data=str(config.data_folder(flags.data) or ""),
     )
-    question = replace(
-        question, engine=replace(question.engine, num_blocks=flags.blocks, max_model_len=flags.max_model_len)
+    require(
+        question.workload not in LLUMNIX_NAMES or question.longest >= MAX_TOKENS,
+        f"its instances hold {question.longest:,} tokens, and a request of {question.workload} may have {MAX_TOKENS:,}",
     )
-    if flags.profiles is not None:
-        question = replace(question, times=_times(flags.profiles, flags.model))
     _tell_requests(question, question.drawn(1))
     return question
 
@@ -180,3 +208,18 @@ def _times(path: Path, model: str) -> StepTimes:
         return from_profile(json.loads(path.read_text(encoding="utf-8")), model)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"--profiles {path}: {error}") from error
+
+
+def _twin(path: Path | None) -> Twin:
+    from orchestrator.sim.twin import Twin, twin_of  # noqa: PLC0415
+
+    if path is None:
+        return Twin()
+    try:
+        return twin_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--twin {path}: {error}") from error
+
+
+def _given(flag: int | None, otherwise: int) -> int:
+    return otherwise if flag is None else flag

@@ -27,10 +27,10 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter a flag
     workload: told.Workload = "M-M",
     rate: told.Rate = 7.5,
     requests: told.Requests = 2_000,
-    instances: told.Instances = 16,
-    blocks: told.Blocks = 851,
-    max_model_len: told.MaxModelLen = 8192,
-    gateways: told.Gateways = 1,
+    instances: told.Instances = None,
+    blocks: told.Blocks = None,
+    max_model_len: told.MaxModelLen = None,
+    gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
     arm: Annotated[str, typer.Option(help="`kvferry simulate arms` lists them.")] = "ours",
@@ -40,6 +40,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter a flag
     data: told.Data = None,
     profiles: told.Profiles = None,
     model: told.Model = "",
+    twin: told.TwinFile = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help=f"Write all figures, curves and the fleet second by second to {RESULT} here."),
@@ -74,6 +75,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter a flag
             blocks,
             max_model_len,
             data,
+            twin,
         )
     )
     with Console(stderr=True).status("simulating"):
@@ -98,10 +100,10 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter a flag
     ],
     workload: told.Workload = "M-M",
     requests: told.Requests = 2_000,
-    instances: told.Instances = 16,
-    blocks: told.Blocks = 851,
-    max_model_len: told.MaxModelLen = 8192,
-    gateways: told.Gateways = 1,
+    instances: told.Instances = None,
+    blocks: told.Blocks = None,
+    max_model_len: told.MaxModelLen = None,
+    gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
     arm: told.Arms = None,
@@ -112,6 +114,7 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter a flag
     data: told.Data = None,
     profiles: told.Profiles = None,
     model: told.Model = "",
+    twin: told.TwinFile = None,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here, too.")] = None,
 ) -> None:
     """The same for several rates: at which one does which arm's latency rise? Ctrl-C: the rates that are whole by then
@@ -139,6 +142,7 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter a flag
             blocks,
             max_model_len,
             data,
+            twin,
         )
     )
     jobs = [

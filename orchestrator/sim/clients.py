@@ -17,8 +17,11 @@ from orchestrator.sim.gaps import Gaps
 class Clients:
     """All clients of one world: an open loop over its gateways, each request to the next one."""
 
-    def __init__(self, gateways: list[GatewayLoop]) -> None:
+    def __init__(self, gateways: list[GatewayLoop], front_end_s: float = 0.0) -> None:
+        """`front_end_s`: what a gateway takes for each request before it dispatches it; one after the other."""
         self._gateways = gateways
+        self._front_end_s = front_end_s
+        self._free_at_s = [0.0] * len(gateways)
         self._loop = asyncio.get_running_loop()
         self.lived: dict[RequestId, Lived] = {}
         self.first_counted = 0
@@ -64,6 +67,14 @@ class Clients:
         is_counted = arrival.index >= self.first_counted
         self._gaps_of[request_id] = self.gaps.setdefault(arrival.kind, Gaps()) if is_counted else self._uncounted
         self._num_open += 1
+        if self._front_end_s > 0.0:
+            number = arrival.index % len(self._gateways)
+            self._free_at_s[number] = max(self._free_at_s[number], self._loop.time()) + self._front_end_s
+            self._loop.call_at(self._free_at_s[number], self._submit, request_id, arrival)
+        else:
+            self._submit(request_id, arrival)
+
+    def _submit(self, request_id: RequestId, arrival: Arrival) -> None:
         payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens))
         self._gateways[arrival.index % len(self._gateways)].submit(
             Outgoing(

@@ -52,6 +52,8 @@ class WorldParams:
     """Of a message between two processes."""
     call_s: float = 0.001
     """Of a call to an actor, each way."""
+    front_end_s: float = 0.0
+    """Of each request, in its gateway: HTTP, the front end, the tokenizer. They do one request at a time."""
     start_s: float = 30.0
     """Until an instance serves that is started while the fleet runs."""
     settle_s: float = 1.0
@@ -79,7 +81,7 @@ class World:
         self.ended: list[SimInstance] = []
         self.fleet = SimFleet(params.call_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
-        self.clients = Clients(self.gateways)
+        self.clients = Clients(self.gateways, params.front_end_s)
         self.fleet.on_commit = self._has_moved
         self.losses = Losses()
         self.presence = Presence()

@@ -94,6 +94,14 @@ def test_the_same_day_is_lived_twice_to_the_byte() -> None:
     assert live() == live()
 
 
+def test_a_gateway_takes_its_time_for_one_request_after_the_other() -> None:
+    arrivals = [Arrival(index, 0.0, 16, 1, 1) for index in range(4)]
+    at_once, _, _ = play(params(num_gateways=2), arrivals)
+    one_by_one, _, _ = play(params(num_gateways=2, front_end_s=1.0), arrivals)
+    later = [slow.ttft_s - fast.ttft_s for fast, slow in zip(at_once, one_by_one, strict=True)]
+    assert later == pytest.approx([1.0, 1.0, 2.0, 2.0], abs=0.02)
+
+
 def test_no_decision_hangs_on_the_hashes_of_names(repo_root: Path) -> None:
     """Python's differ from process to process, and with them the order of sets."""
     script = (
