@@ -24,6 +24,11 @@ class Arrival:
     """Of which it is one in a report: a class of priority, a client."""
     targets: Targets | None = None
 
+    @property
+    def name(self) -> str:
+        """Its id at the gateway."""
+        return f"r{self.index}"
+
 
 @dataclass(slots=True)
 class Lived:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import Protocol
 
 from migration.types import RequestId
+from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.loop import GatewayLoop
 from orchestrator.gateway.types import Deliver, Fail, Outgoing
 from orchestrator.policy.admission import NO_ASKS, Asks
 from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.engine import Ask, encode
+
+
+class Watch(Protocol):
+    """Somebody who looks at everything that clients are told."""
+
+    def told(self, lived: Lived, token_ids: tuple[int, ...], has_ended: bool) -> None:
+        """Before it counts."""
+
+    def failed(self, lived: Lived, failure: Failure) -> None: ...
 
 
 class Clients:
@@ -23,6 +34,7 @@ class Clients:
         self._num_open = 0
         self._all_sent = False
         self._is_over = asyncio.Event()
+        self.watch: Watch | None = None
         for gateway in gateways:
             gateway.connect(self._deliver, self._fail)
 
@@ -41,12 +53,19 @@ class Clients:
         """Returns when every request has been answered, or has failed."""
         await self._is_over.wait()
 
+    def abort(self, request_id: RequestId) -> None:
+        """Its client leaves."""
+        lived = self.lived[request_id]
+        lived.error = "its client has left"
+        self._gateways[lived.arrival.index % len(self._gateways)].abort((request_id,))
+        self._end(lived)
+
     @property
     def num_open(self) -> int:
         return self._num_open
 
     def _send(self, arrival: Arrival) -> None:
-        request_id = RequestId(f"r{arrival.index}")
+        request_id = RequestId(arrival.name)
         self.lived[request_id] = Lived(arrival, self._loop.time())
         self._num_open += 1
         payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens))
@@ -67,6 +86,8 @@ class Clients:
         now_s = self._loop.time()
         for entry in delivery.entries:
             lived = self.lived[RequestId(entry.request_id)]
+            if self.watch is not None:
+                self.watch.told(lived, entry.token_ids, entry.finish_reason is not None)
             if not lived.num_tokens:
                 lived.first_s = now_s
             lived.num_tokens += len(entry.token_ids)
@@ -76,6 +97,8 @@ class Clients:
 
     def _fail(self, fail: Fail) -> None:
         lived = self.lived[fail.request_id]
+        if self.watch is not None:
+            self.watch.failed(lived, fail.failure)
         lived.error = f"{fail.failure.kind.value}: {fail.failure.message}"
         self._end(lived)
 

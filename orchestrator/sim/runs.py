@@ -6,6 +6,7 @@ somebody wants to visit the engine, and what it has made by then is taken in whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from instance.types import EngineOutput, StepResult, StepWork, step_work
@@ -13,6 +14,9 @@ from orchestrator.sim.lengths import Batch, Sequence
 from orchestrator.sim.steptime import StepTimes
 
 _STOP, _LENGTH = 0, 1
+
+Content = Callable[[Sequence, int], tuple[int, ...]]
+"""The last so many output tokens of a request: their ids."""
 
 
 @dataclass(slots=True)
@@ -47,6 +51,8 @@ class Runs:
         self._run: _Run | None = None
         self.slowness = 1.0
         """A step takes so many times as long as it should."""
+        self.content: Content | None = None
+        """What tokens say; None: nothing, which costs least."""
 
     @property
     def is_stepping(self) -> bool:
@@ -138,7 +144,8 @@ class Runs:
             if one.is_over:
                 finish = _LENGTH if one.num_output >= one.max_tokens else _STOP
                 self._batch.remove(one)
-            outputs.append(EngineOutput(one.request_id, tokens, finish, None, ()))
+            said = tokens if self.content is None else self.content(one, num_tokens)
+            outputs.append(EngineOutput(one.request_id, said, finish, None, ()))
         return tuple(outputs)
 
 
