@@ -68,7 +68,6 @@ NOTHING = Figures(0, (), (), Counter(), Counter(), Counter(), 0)
 
 def figures_of(seed: int) -> Figures:
     """Play one seed in this process."""
-    logging.disable(logging.CRITICAL)  # what the parts log of the faults is no news
     day = day_of(seed)
     verdict = play(day)
     if not verdict.broken and seed % REPEATED_EVERY == 0:
@@ -88,9 +87,13 @@ def figures_of(seed: int) -> Figures:
 
 
 def _some(seeds: range) -> Figures:
-    total = NOTHING
-    for seed in seeds:
-        total = total.and_(figures_of(seed))
+    total, before = NOTHING, logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what the parts log of the faults is no news
+    try:
+        for seed in seeds:
+            total = total.and_(figures_of(seed))
+    finally:
+        logging.disable(before)
     return total
 
 

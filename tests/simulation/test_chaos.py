@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from bench.chaos import main
 from instance.messages import FleetMessage, Frame
+from instance.types import CommittedRequest
 from migration.types import Epoch, InstanceId, MigrationId, RequestId
 from orchestrator.errors import ActorGone, CallFailed
 from orchestrator.gateway.errors import Failure, FailureKind
@@ -26,9 +30,10 @@ from orchestrator.sim.invariants import replay_differs
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.world import World, WorldParams
 
-SEEDS = range(25)
+SEEDS = range(24)
 FAILED_ONCE = {
-    9: "moved unheard to an instance that the gateway did not hear, and ended there: never answered",
+    11: "the frames with the last tokens of two requests were lost, and no later one showed the gap: never answered",
+    25: "a request moved to an instance that its gateway did not hear, and ended there: never answered",
 }
 """What was wrong when it was found. A change of `day_of` or of `chaos` gives a seed another day."""
 
@@ -69,6 +74,14 @@ def test_the_days_are_days_of_chaos() -> None:
     assert began.keys() == {kind.value for kind in Kind}
     assert outcomes["committed"] >= 12 and len(outcomes) >= 4
     assert num_whole > num_asked / 2
+
+
+def test_the_bench_plays_seeds_and_counts_what_befell_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "chaos.json"
+    assert main(["--seeds", "2", "--from", "7", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 days of chaos" in shown and "failing_seeds 0" in shown
+    assert json.loads(file.read_text())["figures"]["seeds"] == 2
 
 
 # ---------------------------------------------------------------------- schedules
@@ -215,7 +228,7 @@ def test_an_engine_that_loses_the_last_token_when_it_takes_a_request_over_is_fou
 
         def forgetful(migration_id: MigrationId, state: bytes) -> Any:
             committed = commit(migration_id, state)
-            if committed.num_output_tokens:
+            if isinstance(committed, CommittedRequest) and committed.num_output_tokens:
                 sequence = sequences[committed.request_id]
                 sequence.tokens -= 1
                 sequence.computed = min(sequence.computed, sequence.tokens - 1)
@@ -336,8 +349,7 @@ def test_a_day_that_hangs_on_something_else_than_its_seed_is_found() -> None:
     assert "leaves another journal" in in_words(played_again(day, other))
 
 
-def test_an_incarnation_is_never_declared_dead_while_its_peers_are_told_so() -> None:
-    """A crash is fenced at the peers: the one that is lost is known to them by its epoch."""
+def test_the_peers_of_one_that_crashed_are_told_its_epoch() -> None:
     day = day_of(1)
     crash = Fault(2.0, Kind.CRASH, "instance-1")
     seen: list[World] = []
