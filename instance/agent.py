@@ -30,7 +30,7 @@ from instance.messages import (
 )
 from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
 from instance.ports import EngineHost, Inbox
-from instance.report import Standing, Subscribers, add_step, load_report, smooth_step_time
+from instance.report import MAX_REPORTED_REQUESTS, Standing, Subscribers, add_step, load_report, smooth_step_time
 from instance.spec import InstanceSpec, MigrationSummary
 from instance.stream import StreamTable, Tombstones, wishes_of
 from instance.types import (
@@ -51,7 +51,6 @@ from migration.messages import Commit, Grow, Prepare, Reserve
 from migration.params import IncomingParams, MigrationParams
 from migration.types import Epoch, Incarnation, InstanceId, Outcome, RequestId
 
-MAX_REPORTED_REQUESTS = 4096
 MAX_FENCED = 4096
 STOP_GRACE_S = 1.0
 

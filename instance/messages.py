@@ -218,7 +218,8 @@ class RequestLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestReport(msgspec.Struct, frozen=True, tag=True):
-    """Instance -> orchestrator: every request it owns (every 250 ms at most, bounded to the first 4,096)."""
+    """Instance -> orchestrator, or a gateway that misses one: every request it owns (every 250 ms at most, bounded to
+    the first 4,096)."""
 
     instance: str
     epoch: int

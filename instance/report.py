@@ -15,6 +15,8 @@ REPORT_INTERVAL_S = 0.1
 REQUEST_REPORT_INTERVAL_S = 0.25
 MIN_PAUSE_S = 0.005
 """Between two looks at who is due, whatever the clock's rounding."""
+MAX_REPORTED_REQUESTS = 4096
+"""Of one instance; a report that has so many may leave some out."""
 MAX_SUBSCRIBERS = 256
 MAX_LEASE_S = 60.0
 STEP_TIME_WEIGHT = 0.1

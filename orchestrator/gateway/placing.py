@@ -1,4 +1,4 @@
-"""What does the client hear when its request is placed nowhere? Pure."""
+"""What does the client hear when its request is placed nowhere, or lost? Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from orchestrator.gateway.types import Flight
 from orchestrator.policy.admission import Reason, Reject, passed
 
 _KINDS = {Reason.BUSY: FailureKind.BUSY, Reason.NOBODY: FailureKind.NOBODY}
+
+INSTANCE_LOST = Failure(FailureKind.INSTANCE_LOST, "the instance that ran this request was lost; please retry")
+TOKENS_LOST = Failure(FailureKind.TOKENS_LOST, "tokens were lost; please retry")
+
+
+def crowded(num_waiting: int) -> Failure:
+    """The answer to one too many."""
+    return Failure(FailureKind.BUSY, f"{num_waiting} requests wait already; please retry later")
+
+
+def never_answered(flight: Flight) -> Failure:
+    """The answer to one that was sent to as many instances as it may be."""
+    message = f"{flight.attempt} instances were lost before they answered; please retry later"
+    return Failure(FailureKind.INSTANCE_LOST, message)
 
 
 def rejection(rejected: Reject) -> Failure:

@@ -12,20 +12,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
 
-from instance.messages import (
-    Abort,
-    CachedBlocks,
-    FleetMessage,
-    Frame,
-    LoadReport,
-    OwnerChanged,
-    PriorityChanged,
-    SubmitAnswer,
-    Subscribe,
-)
+from instance import messages as msg
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
-from orchestrator.gateway.placing import gave_up, rejection
+from orchestrator.gateway.missing import Missing
+from orchestrator.gateway.placing import INSTANCE_LOST, TOKENS_LOST, crowded, gave_up, never_answered, rejection
 from orchestrator.gateway.relay import Owner, OwnerMoved, Relay
 from orchestrator.gateway.types import Deliver, Effect, Fail, Flight, Forget, Outgoing, RouterCounts, RouterParams, Send
 from orchestrator.policy.admission import Admit, Queue, Reject, admit, defer, patience_s
@@ -55,6 +46,7 @@ class Router:
         self._suspect: dict[RequestId, float] = {}
         """Requests that were there when a member died (they may just have moved to it): when each was last heard of."""
         self._gap_since: dict[RequestId, float] = {}
+        self._missing = Missing(self._flights, self.relay, params.missing_after_s)
         self._subscribed_s = -math.inf
         self._arrivals = 0
 
@@ -145,38 +137,47 @@ class Router:
         return sum((self._fail(one, failure) for one in request_ids), self._abort_everywhere(request_ids))
 
     # ---- what instances say
-    def on_message(self, message: FleetMessage, now_s: float) -> list[Effect]:
+    def on_message(self, message: msg.FleetMessage, now_s: float) -> list[Effect]:
         match message:
-            case Frame():
+            case msg.Frame():
                 return self._on_frame(message, now_s)
-            case LoadReport():
+            case msg.LoadReport():
                 self._on_report(message, now_s)
                 return []
-            case CachedBlocks():
+            case msg.RequestReport():
+                self._on_requests(message)
+                return []
+            case msg.CachedBlocks():
                 self._book.on_cached(message)
                 return []
-            case SubmitAnswer():
+            case msg.SubmitAnswer():
                 return self._on_answer(message, now_s)
-            case OwnerChanged():
+            case msg.OwnerChanged():
                 owner = (InstanceId(message.instance), Epoch(message.epoch))
                 if owner not in self._lost:
                     self._on_moves(self.relay.on_owner_changed(RequestId(message.request_id), owner, message.offset))
                 return []
-            case PriorityChanged():
+            case msg.PriorityChanged():
                 if (flight := self._flights.get(RequestId(message.request_id))) is not None:
                     flight.request = replace(flight.request, priority=message.priority)
                 return []
             case _:
                 return []  # not for a gateway
 
-    def _on_report(self, report: LoadReport, now_s: float) -> None:
+    def _on_report(self, report: msg.LoadReport, now_s: float) -> None:
         member = self._members.get(InstanceId(report.instance))
         if member is None or member.epoch != report.epoch:
             return
         self._heard_s[member.instance] = now_s
         self._book.on_report(report, now_s)
 
-    def _on_frame(self, frame: Frame, now_s: float) -> list[Effect]:
+    def _on_requests(self, report: msg.RequestReport) -> None:
+        """Those that are nowhere: with the next tick they end, since tokens of theirs were lost, or start anew."""
+        members = {(one.instance, one.epoch) for one in self._members.values()}
+        for request_id in self._missing.on_report(report, members):
+            (self._gap_since if self.relay.num_tokens(request_id) else self._orphaned)[request_id] = -math.inf
+
+    def _on_frame(self, frame: msg.Frame, now_s: float) -> list[Effect]:
         sender = (InstanceId(frame.instance), Epoch(frame.epoch))
         if sender in self._lost:
             return []
@@ -192,7 +193,7 @@ class Router:
                 self._drop(RequestId(entry.request_id))
         return [Deliver(sender, tuple(entries), frame.sent_s)] if entries else []
 
-    def _on_heard(self, frame: Frame, now_s: float) -> None:
+    def _on_heard(self, frame: msg.Frame, now_s: float) -> None:
         for entry in frame.entries:
             request_id = RequestId(entry.request_id)
             self._unanswered.discard(request_id)
@@ -210,7 +211,7 @@ class Router:
             self._orphaned.pop(move.request_id, None)
             self._unanswered.discard(move.request_id)
 
-    def _on_answer(self, answer: SubmitAnswer, now_s: float) -> list[Effect]:
+    def _on_answer(self, answer: msg.SubmitAnswer, now_s: float) -> list[Effect]:
         request_id = RequestId(answer.request_id)
         flight = self._flights.get(request_id)
         owner = (InstanceId(answer.instance), Epoch(answer.epoch))
@@ -234,8 +235,8 @@ class Router:
     def on_unsent(self, request_id: str, now_s: float) -> list[Effect]:
         """A submission could not be queued for its instance: as if refused."""
         owner = self.relay.owner(RequestId(request_id))
-        answer = None if owner is None else SubmitAnswer(request_id, *owner, "its inbox is full")
-        return [] if answer is None else self._on_answer(answer, now_s)
+        full = "its inbox is full"
+        return [] if owner is None else self._on_answer(msg.SubmitAnswer(request_id, *owner, full), now_s)
 
     # ---- time
     def tick(self, now_s: float) -> list[Effect]:
@@ -250,10 +251,11 @@ class Router:
         effects += self._retry_waiting(now_s)
         effects += self._give_up_unanswered(now_s)
         effects += self._settle_orphans(now_s)
+        self._missing.tick(self._waiting, now_s)
         too_long_s = now_s - self._params.gap_timeout_s
         for request_id in [late for late, since_s in self._gap_since.items() if since_s < too_long_s]:
             effects += self._abort_everywhere((request_id,))
-            effects += self._fail(request_id, Failure(FailureKind.TOKENS_LOST, "tokens were lost; please retry"))
+            effects += self._fail(request_id, TOKENS_LOST)
         return effects
 
     def _retry_waiting(self, now_s: float) -> list[Effect]:
@@ -300,8 +302,7 @@ class Router:
                 continue  # it was on both lists
             if self.relay.num_tokens(request_id) or self.relay.has_gap(request_id):
                 effects += self._abort_everywhere((request_id,))
-                message = "the instance that ran this request was lost; please retry"
-                effects += self._fail(request_id, Failure(FailureKind.INSTANCE_LOST, message))
+                effects += self._fail(request_id, INSTANCE_LOST)
                 continue
             # No token was seen, so it may start anew. The old owner may only be slow: end it there.
             effects += self._abort_everywhere((request_id,))
@@ -311,8 +312,7 @@ class Router:
 
     def _start_anew(self, flight: Flight, now_s: float) -> list[Effect]:
         if flight.attempt == self._params.max_attempts:
-            message = f"{flight.attempt} instances were lost before they answered; please retry later"
-            return self._fail(flight.wire_id, Failure(FailureKind.INSTANCE_LOST, message))
+            return self._fail(flight.wire_id, never_answered(flight))
         self._drop(flight.wire_id)
         self.counts.redispatched += 1
         flight.refused_by.clear()  # that was then
@@ -351,8 +351,7 @@ class Router:
         if request_id in self._waiting:
             return []
         if len(self._waiting) >= self._params.max_waiting:
-            failure = Failure(FailureKind.BUSY, f"{len(self._waiting)} requests wait already; please retry later")
-            return self._fail(request_id, failure)
+            return self._fail(request_id, crowded(len(self._waiting)))
         flight.last_refusal = flight.last_refusal or reason
         self._waiting.add(request_id)
         return []
@@ -378,13 +377,14 @@ class Router:
             self._orphaned.setdefault(request_id, since_s)
 
     def _abort_everywhere(self, request_ids: tuple[str, ...]) -> list[Effect]:
-        return [Send(member.address, Abort(request_ids)) for member in self._members.values()] if request_ids else []
+        members = self._members.values() if request_ids else ()
+        return [Send(member.address, msg.Abort(request_ids)) for member in members]
 
     def _subscribe(self, now_s: float) -> list[Effect]:
         self._subscribed_s = now_s
-        lease_s, cached_from = self._params.subscribe_lease_s, self._book.cached_from
+        lease_s, is_seeking, book = self._params.subscribe_lease_s, self._missing.is_seeking, self._book
         return [
-            Send(member.address, Subscribe(self._address, lease_s, cached_from=cached_from(member.instance)))
+            Send(member.address, msg.Subscribe(self._address, lease_s, is_seeking, book.cached_from(member.instance)))
             for member in self._members.values()
         ]
 

@@ -37,6 +37,8 @@ class RouterParams:
     suspect_for_s: float = 60.0
     """When a member dies, any request may just have moved there, unheard: silent for so long, it counts as lost."""
     gap_timeout_s: float = 10.0
+    missing_after_s: float = 10.0
+    """A request of which no word came between two looks so far apart is looked for at the instances."""
     subscribe_every_s: float = 1.0
     subscribe_lease_s: float = 5.0
 

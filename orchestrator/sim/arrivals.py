@@ -31,6 +31,11 @@ class Arrival:
     """One for each PREFIX_BLOCK_TOKENS of the prompt, the last of which may be fewer: prompts whose first n ids are the
     same have the same first n blocks. Empty: nothing is known of what it shares."""
 
+    @property
+    def name(self) -> str:
+        """Its id at the gateway."""
+        return f"r{self.index}"
+
 
 @dataclass(slots=True)
 class Lived:

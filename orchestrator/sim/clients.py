@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import Protocol
 
 from migration.types import RequestId
+from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.loop import GatewayLoop
 from orchestrator.gateway.types import Deliver, Fail, Outgoing
 from orchestrator.policy.admission import NO_ASKS, Asks
 from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.engine import Ask, encode
 from orchestrator.sim.gaps import Gaps
+
+
+class Watch(Protocol):
+    """Somebody who looks at everything that clients are told."""
+
+    def told(self, lived: Lived, token_ids: tuple[int, ...], has_ended: bool) -> None:
+        """Before it counts."""
+
+    def failed(self, lived: Lived, failure: Failure) -> None: ...
 
 
 class Clients:
@@ -38,6 +49,7 @@ class Clients:
         self._num_open = 0
         self._all_sent = False
         self._is_over = asyncio.Event()
+        self.watch: Watch | None = None
         for gateway in gateways:
             gateway.connect(self._deliver, self._fail)
 
@@ -55,6 +67,13 @@ class Clients:
     async def until_over(self) -> None:
         """Returns when every request has been answered, or has failed."""
         await self._is_over.wait()
+
+    def abort(self, request_id: RequestId) -> None:
+        """Its client leaves."""
+        lived = self.lived[request_id]
+        lived.error = "its client has left"
+        self._gateways[lived.arrival.index % len(self._gateways)].abort((request_id,))
+        self._end(lived)
 
     @property
     def num_open(self) -> int:
@@ -101,6 +120,8 @@ class Clients:
             request_id = RequestId(entry.request_id)
             lived = self.lived[request_id]
             num_tokens = len(entry.token_ids)
+            if self.watch is not None:
+                self.watch.told(lived, entry.token_ids, entry.finish_reason is not None)
             if not lived.num_tokens:
                 lived.first_s = now_s
             elif num_tokens:
@@ -117,6 +138,8 @@ class Clients:
 
     def _fail(self, fail: Fail) -> None:
         lived = self.lived[fail.request_id]
+        if self.watch is not None:
+            self.watch.failed(lived, fail.failure)
         lived.error = f"{fail.failure.kind.value}: {fail.failure.message}"
         self._end(lived)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from migration.errors import CopyFailed
@@ -39,10 +40,14 @@ class Links:
         self._loop = asyncio.get_running_loop()
         self._transfers: list[_Transfer] = []
         self._gone: set[str] = set()
+        self.way: Callable[[str, str], Awaitable[None]] | None = None
+        """Returns when blocks may pass from source to destination, raises CopyFailed when they cannot; None: always."""
 
     async def copy(self, source: str, destination: str, num_bytes: int) -> None:
         """Raises CopyFailed when the destination is gone, or goes."""
         await asyncio.sleep(self._params.latency_s)
+        if self.way is not None:
+            await self.way(source, destination)
         if destination in self._gone:
             raise CopyFailed(f"nobody receives at {destination}")
         if num_bytes <= 0:
@@ -55,6 +60,17 @@ class Links:
         finally:
             if transfer in self._transfers:  # broken off
                 self._forget(transfer)
+        if self.way is not None:
+            await self.way(source, destination)
+            if destination in self._gone:
+                raise CopyFailed(f"{destination} is gone")
+
+    def break_off(self, is_cut: Callable[[str, str], bool]) -> None:
+        """The connections of these copies are broken."""
+        for one in [one for one in self._transfers if is_cut(one.source, one.destination)]:
+            if not one.done.done():
+                one.done.set_exception(CopyFailed(f"the connection to {one.destination} broke"))
+            self._forget(one)
 
     def remove(self, name: str) -> None:
         """This instance is gone: what was on its way to it fails, and what came from it ends."""

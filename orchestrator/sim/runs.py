@@ -7,7 +7,7 @@ somebody wants to visit the engine, and what it has made by then is taken in whe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -18,6 +18,9 @@ from orchestrator.sim.steptime import Chunk, StepTimes
 
 _STOP, _LENGTH = 0, 1
 _INSTANT_S = 1e-9
+
+Content = Callable[[Sequence, int], tuple[int, ...]]
+"""The last so many output tokens of a request: their ids."""
 
 
 @dataclass(slots=True)
@@ -55,6 +58,8 @@ class Runs:
         """When all that requests had got was told."""
         self.slowness = 1.0
         """A step takes so many times as long as it should."""
+        self.content: Content | None = None
+        """What tokens say; None: nothing, which costs least."""
 
     @property
     def is_stepping(self) -> bool:
@@ -147,7 +152,10 @@ class Runs:
         if num_new <= 0:
             return ()
         one.num_told += num_new
-        return (EngineOutput(one.request_id, (0,) * num_new, None, None, ()),)
+        return (EngineOutput(one.request_id, self._said(one, num_new), None, None, ()),)
+
+    def _said(self, one: Sequence, num_new: int) -> tuple[int, ...]:
+        return (0,) * num_new if self.content is None else self.content(one, num_new)
 
     def _alike_s(self, run: _Run, num_steps: int) -> float:
         return self.slowness * self._times.steps_s(run.first_s, len(run.plan), num_steps)
@@ -170,7 +178,8 @@ class Runs:
             if is_over:
                 finish = _LENGTH if num_output >= one.max_tokens else _STOP
             one.num_told = num_output
-            outputs.append(EngineOutput(one.request_id, (0,) * (num_output - num_told), finish, None, ()))
+            said = self._said(one, num_output - num_told)
+            outputs.append(EngineOutput(one.request_id, said, finish, None, ()))
             if is_over:
                 self._batch.remove(one)
         return tuple(outputs)

@@ -7,7 +7,7 @@ actors. Whatever they decide is decided by the code that serves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -20,9 +20,11 @@ from orchestrator.gateway.types import RouterParams
 from orchestrator.runtime.loop import LoopParams, OrchestratorLoop
 from orchestrator.sim.arms import ARMS, Arm
 from orchestrator.sim.arrivals import Arrival, Lived
+from orchestrator.sim.breaking import Breaker
 from orchestrator.sim.clients import Clients
 from orchestrator.sim.copying import LinkParams, Links
 from orchestrator.sim.day import Counts
+from orchestrator.sim.faults import Fault
 from orchestrator.sim.fleet import SimFleet
 from orchestrator.sim.instance import InstanceParams, SimInstance
 from orchestrator.sim.journal import MemoryJournal
@@ -65,6 +67,9 @@ class WorldParams:
     """Keep its digest alone."""
     give_up_s: float = 3600.0
     """What is not answered so long after the last request was sent has failed."""
+    faults: tuple[Fault, ...] = ()
+    notice_s: float = 0.0
+    """From the end of a process until the orchestrator hears of it."""
 
 
 class World:
@@ -79,7 +84,7 @@ class World:
         self.instances: dict[str, SimInstance] = {}
         """Those that live, by name."""
         self.ended: list[SimInstance] = []
-        self.fleet = SimFleet(params.call_s)
+        self.fleet = SimFleet(params.call_s, params.notice_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
         self.clients = Clients(self.gateways, params.front_end_s)
         self.fleet.on_commit = self._has_moved
@@ -98,6 +103,11 @@ class World:
             self.journal,
             launcher=_Launcher(self),
         )
+        self.on_instance: Callable[[SimInstance], None] = lambda _: None
+        """Who sees each instance before it serves."""
+        self.epilogue: Callable[[], Awaitable[None]] | None = None
+        """What is to be done once all requests and faults are over, while all parts still run."""
+        self.breaker = Breaker(self, params.faults, Random(f"{params.seed}/faults")) if params.faults else None
         self._tasks: list[asyncio.Task[None]] = []
         self._bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -142,6 +152,7 @@ class World:
         instance.on_bug = self._found_bug
         instance.engine.batch.losses = self.losses
         self.presence.began_s[instance.actor_name] = asyncio.get_running_loop().time()
+        self.on_instance(instance)
         self.instances[name] = instance
         self.fleet.instances[instance.actor_name] = instance
         return InstanceStarted(
@@ -186,6 +197,7 @@ class World:
         await self.orchestrator.until_gateways_know()
 
     async def _send(self, arrivals: Iterable[Arrival]) -> None:
+        breaking = None if self.breaker is None else asyncio.create_task(self.breaker.run(), name="faults")
         await self.clients.send_all(arrivals)
         try:
             async with asyncio.timeout(self.params.give_up_s):
@@ -194,6 +206,10 @@ class World:
             for lived in self.clients.lived.values():
                 if not lived.is_over:
                     lived.error = f"not answered within {self.params.give_up_s:.0f} s"
+        if breaking is not None:
+            await breaking
+        if self.epilogue is not None:
+            await self.epilogue()
 
     async def _stop(self) -> None:
         self.orchestrator.stop()
