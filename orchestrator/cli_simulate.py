@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from orchestrator import cli_simulate_fit, cli_simulate_report, cli_simulate_run
+from orchestrator import cli_simulate_fit, cli_simulate_report, cli_simulate_run, cli_simulate_suite
 from orchestrator import cli_simulate_options as told
 
 if TYPE_CHECKING:
@@ -55,13 +55,20 @@ def workloads() -> None:
 def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     workload: told.Workload = "M-M",
     rate: told.Rate = 7.5,
-    requests: told.Requests = 2_000,
+    requests: told.Requests = None,
     instances: told.Instances = None,
     blocks: told.Blocks = None,
     max_model_len: told.MaxModelLen = None,
     gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="All of Llumnix's experiments (`paper`) instead of one question; --requests makes them shorter.",
+        ),
+    ] = None,
     arm: told.Arms = None,
     against: told.Against = None,
     seeds: told.Seeds = 1,
@@ -78,6 +85,9 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     from orchestrator.sim.result import as_json  # noqa: PLC0415
     from orchestrator.sim.sheets import sheets_of  # noqa: PLC0415
 
+    if suite is not None:
+        cli_simulate_suite.play(suite, requests, out)
+        return
     names = told.arms_of(arm, against)
     told.at_least_one("--seeds", seeds)
     told.writable("--json", out)

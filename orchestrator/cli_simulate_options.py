@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from orchestrator.sim.twin import Twin
 
 WIDTH_OF_A_FILE = 160
+DEFAULT_REQUESTS = 2_000
 
 Workload = Annotated[str, typer.Option(metavar="NAME", help="What is asked; `kvferry simulate workloads` lists it.")]
 Rate = Annotated[float, typer.Option(metavar="R", help="Requests a second, of the whole fleet.")]
-Requests = Annotated[int, typer.Option(help="How many.")]
+Requests = Annotated[
+    int | None, typer.Option(help="How many. Default: 2,000, of a suite's days 10,000.", show_default=False)
+]
 Instances = Annotated[
     int | None, typer.Option(help="Engines alike. Default: 16, or as many as the twin has.", show_default=False)
 ]
@@ -78,7 +81,7 @@ class Flags:
     workload: str
     rate: float
     cv: float
-    requests: int
+    requests: int | None
     instances: int | None
     gateways: int | None
     urgent: float
@@ -107,7 +110,8 @@ def question_of(flags: Flags) -> Question:
         num_blocks=_given(flags.blocks, fleet.engine.num_blocks),
         max_model_len=_given(flags.max_model_len, fleet.engine.max_model_len),
     )
-    counts = {"--requests": flags.requests, "--instances": instances, "--gateways": gateways}
+    requests = _given(flags.requests, DEFAULT_REQUESTS)
+    counts = {"--requests": requests, "--instances": instances, "--gateways": gateways}
     counts |= {"--blocks": engine.num_blocks, "--max-model-len": engine.max_model_len}
     for flag, count in counts.items():
         at_least_one(flag, count)
@@ -119,7 +123,7 @@ def question_of(flags: Flags) -> Question:
         workload=flags.workload,
         requests_per_s=flags.rate,
         coefficient_of_variation=flags.cv,
-        num_requests=flags.requests,
+        num_requests=requests,
         num_instances=instances,
         num_gateways=gateways,
         urgent_share=flags.urgent,

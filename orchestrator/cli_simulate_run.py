@@ -26,7 +26,7 @@ _ALMOST = 1e-9
 def run(  # noqa: PLR0913, PLR0917 - one parameter a flag
     workload: told.Workload = "M-M",
     rate: told.Rate = 7.5,
-    requests: told.Requests = 2_000,
+    requests: told.Requests = None,
     instances: told.Instances = None,
     blocks: told.Blocks = None,
     max_model_len: told.MaxModelLen = None,
@@ -99,7 +99,7 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter a flag
         typer.Option(metavar="R", help="Requests a second, of the whole fleet; once for each, or FROM:TO:STEP."),
     ],
     workload: told.Workload = "M-M",
-    requests: told.Requests = 2_000,
+    requests: told.Requests = None,
     instances: told.Instances = None,
     blocks: told.Blocks = None,
     max_model_len: told.MaxModelLen = None,

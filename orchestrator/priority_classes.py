@@ -120,7 +120,7 @@ def _with_level(event: LevelRequested, params: CoreParams) -> tuple[Result, Core
     )
     others = [one for one in known if one is not level]
     levels = Levels(tuple(sorted([*others, new], key=lambda one: one.rank)))
-    changed = _with_levels(params, levels) if new != level else params
+    changed = with_levels(params, levels) if new != level else params
     moved = tuple((digest, new.rank if rank == level.rank else rank) for digest, rank in params.key_classes)
     changed = changed if moved == params.key_classes else replace(changed, key_classes=moved)
     change = f"level {level.name} {_in_words(level)} -> {_in_words(new)}"
@@ -146,7 +146,7 @@ def _in_words(level: Level) -> str:
     return f"rank {level.rank}, {level.headroom_blocks} blocks"
 
 
-def _with_levels(params: CoreParams, levels: Levels) -> CoreParams:
+def with_levels(params: CoreParams, levels: Levels) -> CoreParams:
     """Everything that reckons with headroom reckons with these."""
     load = levels.load_params
     autoscale = replace(params.scaling.autoscale, load=load)

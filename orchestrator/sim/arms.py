@@ -15,7 +15,9 @@ from orchestrator.sim.baselines import BaselineBook, fewest_requests, infaas, ll
 from orchestrator.state import CoreParams
 
 LLUMNIX_THRESHOLD = 3.0
-"""Blocks a request; its artifact has 10 for M-M and S-L."""
+"""Blocks a request."""
+LLUMNIX_TUNED_THRESHOLD = 10.0
+"""What its artifact has for M-M and S-L instead."""
 
 MakeBook = Callable[[DispatchParams, Random], DispatchBook]
 
@@ -30,9 +32,11 @@ class Arm:
     plans: tuple[Plan, ...] | None = None
     """None: production's."""
     moves: bool = True
+    """False: nothing moves, not even out of an instance that is to be stopped: it is waited for."""
 
     def core_params(self, params: CoreParams) -> CoreParams:
-        return replace(params, is_rebalancing=self.moves, dispatch=replace(params.dispatch, rule=self.rule))
+        params = replace(params, is_rebalancing=self.moves, dispatch=replace(params.dispatch, rule=self.rule))
+        return params if self.moves else replace(params, max_migrations_out=0, max_migrations_in=0)
 
     def make_core(self, params: CoreParams) -> Orchestrator:
         if self.plans is None:
@@ -67,6 +71,12 @@ ARMS = {
             "as its paper states it: dispatch by freeness, and moves from below a threshold to above it",
             make_book=lambda params, _: BaselineBook(params, llumnix_freeness),
             plans=(llumnix_plan(LLUMNIX_THRESHOLD),),
+        ),
+        Arm(
+            "llumnix-10",
+            "the same with the threshold that its artifact has for M-M and S-L",
+            make_book=lambda params, _: BaselineBook(params, llumnix_freeness),
+            plans=(llumnix_plan(LLUMNIX_TUNED_THRESHOLD),),
         ),
         Arm("dispatch", "ours, but nothing moves", moves=False),
         Arm("ours", "ours"),

@@ -13,7 +13,9 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from random import Random
 
+from orchestrator.policy.levels import parse_levels
 from orchestrator.policy.targets import NO_TARGETS, Targets
+from orchestrator.priority_classes import with_levels
 from orchestrator.sim.arms import Arm, arm_of
 from orchestrator.sim.arrivals import Arrival
 from orchestrator.sim.asked import Drawn, Wanted
@@ -24,11 +26,21 @@ from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.measures import curves, fleet_measures
 from orchestrator.sim.score import Beside, by_kind, littles_law_gap, num_warm_up
 from orchestrator.sim.series import series_of, series_of_each
-from orchestrator.sim.steptime import LLUMNIX_A10, StepTimes
+from orchestrator.sim.steptime import LLUMNIX_FLEET, StepTimes
 from orchestrator.sim.workload import with_urgent
 from orchestrator.sim.world import World, WorldParams
+from orchestrator.state import CoreParams
 
 MAX_LAW_GAP = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The fleet grows and shrinks by production's rule: mean freeness is kept in this band, in decode steps."""
+
+    low_steps: float
+    high_steps: float
+    most: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,13 @@ class Question:
     num_instances: int = 16
     num_gateways: int = 1
     urgent_share: float = 0.0
-    times: StepTimes = field(default=LLUMNIX_A10)
+    urgent_priority: int = -10
+    """0: they are told apart in the figures alone."""
+    urgent_headroom_blocks: int = 0
+    """Kept free beside those that are more urgent than others."""
+    scaled: Scaled | None = None
+    """None: the number of instances stays."""
+    times: StepTimes = field(default=LLUMNIX_FLEET)
     engine: LengthConfig = field(default_factory=LengthConfig)
     targets: Targets = NO_TARGETS
     """Of requests that bring none, for the share that met theirs. Nobody acts on them."""
@@ -61,7 +79,7 @@ class Question:
         wanted = Wanted(self.requests_per_s, self.num_requests, self.longest, self.coefficient_of_variation)
         drawn = workload_named(self.workload, rng, wanted, Path(self.data) if self.data else None)
         if self.urgent_share:
-            drawn = replace(drawn, arrivals=with_urgent(drawn.arrivals, rng, self.urgent_share))
+            drawn = replace(drawn, arrivals=with_urgent(drawn.arrivals, rng, self.urgent_share, self.urgent_priority))
         return drawn
 
     def arrivals(self, seed: int) -> list[Arrival]:
@@ -75,7 +93,24 @@ class Question:
             times=self.times,
             arm=arm,
             seed=seed,
+            core=self._core(),
         )
+
+    def _core(self) -> CoreParams:
+        params = CoreParams()
+        if self.scaled is not None:
+            autoscale = replace(
+                params.scaling.autoscale, low_steps=self.scaled.low_steps, high_steps=self.scaled.high_steps
+            )
+            most = self.scaled.most
+            scaling = replace(
+                params.scaling, can_start=True, is_automatic=True, most=most, capacity=most, autoscale=autoscale
+            )
+            params = replace(params, scaling=scaling)
+        if self.urgent_headroom_blocks:
+            levels = parse_levels(f"high:-10:{self.urgent_headroom_blocks},normal:0:0,low:10:0")
+            params = with_levels(params, levels)
+        return params
 
 
 Job = tuple[Question, str, int]

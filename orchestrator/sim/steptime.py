@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _INSTANT_S = 1e-9
@@ -111,6 +111,15 @@ LLUMNIX_A10 = StepTimes(
 )
 """LLaMA-7B on an A10, by what Llumnix's paper shows of it (read off its plots): a decode step of 8k tokens of context
 takes 52.0 ms for 32 requests and 43.5 ms for one, computing 256 .. 8k tokens anew 58 .. 1,995 ms."""
+
+
+LLUMNIX_BETWEEN_S = 17.5e-3
+"""Between two steps of its engine (vLLM 0.2 under Ray: scheduling, sampling, messages), which its plot of steps does
+not show. Fitted to one figure of its paper: with INFaaS++ a request of M-M at 7.8 a second waits 5.9 s in the mean for
+its first token. Steps alone would leave its fleet idle at the rates at which it measured."""
+
+LLUMNIX_FLEET = replace(LLUMNIX_A10, base_s=LLUMNIX_A10.base_s + LLUMNIX_BETWEEN_S)
+"""An instance of its evaluation."""
 
 
 def from_profile(profiles: Mapping[str, Any], name: str) -> StepTimes:

@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.sim.fitting import Fit
 from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.observed import Observed
-from orchestrator.sim.steptime import LLUMNIX_A10, StepTimes, from_profile
+from orchestrator.sim.steptime import LLUMNIX_FLEET, StepTimes, from_profile
 
 SCHEMA = 1
 MODEL = "fitted"
@@ -24,7 +24,7 @@ MODEL = "fitted"
 class Twin:
     """A fleet that can be simulated: its engines, and how many. By default that of Llumnix's evaluation."""
 
-    times: StepTimes = LLUMNIX_A10
+    times: StepTimes = LLUMNIX_FLEET
     engine: LengthConfig = field(default_factory=LengthConfig)
     num_instances: int = 16
     num_gateways: int = 1

@@ -146,7 +146,7 @@ class World:
     def start_instance(self, name: str, epoch: int) -> InstanceStarted:
         """It serves from now on."""
         params, core = self.params, self.params.core
-        most = max(core.max_migrations_out, core.max_migrations_in)
+        most = max(1, core.max_migrations_out, core.max_migrations_in)
         of_each = InstanceParams(params.engine, params.times, most, params.max_waiting)
         instance = SimInstance(name, epoch, of_each, self.network, self.links)
         instance.on_bug = self._found_bug
