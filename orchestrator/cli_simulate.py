@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from orchestrator.sim.steptime import StepTimes
 
 WIDTH_OF_A_FILE = 160
-COLUMNS = ("TTFT s", "P99", "TPOT ms", "P99", "latency s", "+-", "P99", "failed", "preempted", "moved", "broken off")
+COLUMNS = (
+    *("TTFT s", "P99", "TPOT ms", "P99", "latency s", "+-", "P99", "failed", "preempted", "moved", "broken off"),
+    "cached",
+)
 
 app = typer.Typer(
     name="simulate",
@@ -71,6 +74,10 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     instances: Annotated[int, typer.Option(help="Engines alike.")] = 16,
     blocks: Annotated[int, typer.Option(help="Of 16 tokens of KV, in each instance.")] = 851,
     max_model_len: Annotated[int, typer.Option(help="Tokens of prompt and answer; what is longer is left out.")] = 8192,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(help="Instances keep the beginnings of prompts. Default: if the workload has any known."),
+    ] = None,
     gateways: Annotated[int, typer.Option(help="They share the requests.")] = 1,
     cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1: Poisson.")] = 1.0,
     urgent: Annotated[float, typer.Option(metavar="SHARE", help="Of the requests that are urgent.")] = 0.0,
@@ -106,7 +113,11 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     question = replace(question, engine=replace(question.engine, num_blocks=blocks, max_model_len=max_model_len))
     if profiles is not None:
         question = replace(question, times=_times(profiles, model))
-    _tell_requests(question, question.drawn(1))
+    first = question.drawn(1)
+    if prefix_cache is None:
+        prefix_cache = any(one.prefix_ids for one in first.arrivals)
+    question = replace(question, engine=replace(question.engine, prefix_cache=prefix_cache))
+    _tell_requests(question, first)
     days: list[Day] = []
     console = Console(stderr=True)
     with console.status("simulating") as status:
@@ -133,6 +144,7 @@ def _tell_requests(question: Question, drawn: Drawn) -> None:
         told.append(f"{drawn.num_left_out:,} more left out: their prompt has {question.longest:,} tokens or more")
     if drawn.num_cut_short:
         told.append(f"{drawn.num_cut_short:,} answers cut short at {question.longest:,} tokens of prompt and answer")
+    told.append(f"instances keep {'prefixes of prompts' if question.engine.prefix_cache else 'no prefixes'}")
     typer.echo("; ".join(told), err=True)
 
 
@@ -152,19 +164,7 @@ def _print(names: Sequence[str], days: Sequence[Day]) -> None:
     table = Table(title=f"days of each arm: {len(days) // len(names)}", title_justify="left")
     table.add_column("arm")
     table.add_column("requests")
-    for column in (
-        "TTFT s",
-        "P99",
-        "TPOT ms",
-        "P99",
-        "latency s",
-        "+-",
-        "P99",
-        "failed",
-        "preempted",
-        "moved",
-        "broken off",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for name in names:
         own = [day for day in days if day.arm == name]
@@ -195,11 +195,12 @@ def _cells(own: Sequence[Day], kind: str) -> list[str]:
         str(sum(one.num_failed for one in scores)),
     ]
     if kind:
-        return [*cells, "", "", ""]
+        return [*cells, "", "", "", ""]
     counts = [day.counts for day in own]
     return [
         *cells,
         *(str(sum(getattr(one, name) for one in counts)) for name in ("preemptions", "migrations", "broken_off")),
+        f"{statistics.fmean(one.found_share for one in counts):.0%}",
     ]
 
 

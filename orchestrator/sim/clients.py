@@ -9,15 +9,19 @@ from migration.types import RequestId
 from orchestrator.gateway.loop import GatewayLoop
 from orchestrator.gateway.types import Deliver, Fail, Outgoing
 from orchestrator.policy.admission import NO_ASKS, Asks
+from orchestrator.policy.prefixes import MAX_HASHED_BLOCKS
 from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.engine import Ask, encode
+from orchestrator.sim.lengths import LengthConfig
+from orchestrator.sim.prefix_cache import prefix_hashes
 
 
 class Clients:
     """All clients of one world: an open loop over its gateways, each request to the next one."""
 
-    def __init__(self, gateways: list[GatewayLoop]) -> None:
+    def __init__(self, gateways: list[GatewayLoop], engine: LengthConfig) -> None:
         self._gateways = gateways
+        self._engine = engine
         self._loop = asyncio.get_running_loop()
         self.lived: dict[RequestId, Lived] = {}
         self._num_open = 0
@@ -49,8 +53,10 @@ class Clients:
         request_id = RequestId(f"r{arrival.index}")
         self.lived[request_id] = Lived(arrival, self._loop.time())
         self._num_open += 1
-        payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens))
-        self._gateways[arrival.index % len(self._gateways)].submit(
+        gateway = self._gateways[arrival.index % len(self._gateways)]
+        ids = arrival.prefix_ids if self._engine.prefix_cache else ()
+        payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens, prefix_ids=ids))
+        gateway.submit(
             Outgoing(
                 request_id=request_id,
                 external_id=request_id,
@@ -60,8 +66,17 @@ class Clients:
                 payload=payload,
                 payload_as=lambda _: payload,
                 asks=NO_ASKS if arrival.targets is None else Asks(arrival.targets),
+                prefix=self._prefix(arrival, gateway.router.hashed_block_size) if ids else (),
             )
         )
+
+    def _prefix(self, arrival: Arrival, block_size: int | None) -> tuple[int, ...]:
+        """What production's gateway says of a prompt (`orchestrator/gateway/prefixes.py`), without the blocks that
+        nobody else can have: they would be looked for in vain. The last token is always computed."""
+        if block_size is None:
+            return ()
+        num_tokens = min(arrival.num_prompt - 1, MAX_HASHED_BLOCKS * block_size)
+        return prefix_hashes(arrival.prefix_ids, self._engine.prefix_id_tokens, num_tokens, block_size)
 
     def _deliver(self, delivery: Deliver) -> None:
         now_s = self._loop.time()

@@ -60,11 +60,13 @@ class Runs:
     def is_stepping(self) -> bool:
         return self._run is not None
 
-    def begin(self, start_s: float, limit_s: float) -> float | None:
+    def begin(self, start_s: float, limit_s: float, skips_empty: bool = True) -> float | None:
         """Begin a run of as many steps as are alike, in `limit_s` at most but for the first. Returns when it ends;
-        None: nothing can be scheduled."""
+        None: nothing can be scheduled. `skips_empty`: a step that only preempts takes no time and is none."""
         assert self._run is None, "a run is under way"
         plan = self._batch.schedule()
+        while skips_empty and not plan and self._batch.has_preempted:
+            plan = self._batch.schedule()
         if not plan:
             return None
         chunks: list[Chunk] = []

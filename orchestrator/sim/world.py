@@ -69,6 +69,14 @@ class Counts:
     """Ended otherwise."""
     copied_bytes: int
     messages: int
+    prompt_tokens: int
+    """Of the requests that have begun on an instance."""
+    found_tokens: int
+    """Of those: in its prefix cache then."""
+
+    @property
+    def found_share(self) -> float:
+        return self.found_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class World:
@@ -85,7 +93,7 @@ class World:
         self.ended: list[SimInstance] = []
         self.fleet = SimFleet(params.call_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
-        self.clients = Clients(self.gateways)
+        self.clients = Clients(self.gateways, params.engine)
         self.core = params.arm.make_core(params.core)
         now_s = asyncio.get_running_loop().time()
         self.journal = MemoryJournal(self.core, now_s) if params.keeps_journal else None
@@ -127,6 +135,8 @@ class World:
             broken_off=outcomes.total() - committed,
             copied_bytes=sum(one.mover.num_bytes for one in everybody),
             messages=self.network.num_messages,
+            prompt_tokens=sum(one.engine.batch.num_prompt_tokens for one in everybody),
+            found_tokens=sum(one.engine.batch.num_found_tokens for one in everybody),
         )
 
     # ---- who is there
