@@ -128,7 +128,7 @@ class Runs:
             work = StepWork(0, num * num_steps, num * num_steps, run.context_tokens * num_steps + grown, 0, num_steps)
             given: Iterable[Sequence] = run.plan
         else:
-            work = step_work((num, one.computed, num == 1 and one.num_output > 0) for one, num in run.plan.items())
+            work = step_work((num, one.computed, one.computed >= one.num_prompt) for one, num in run.plan.items())
             given = self._batch.compute(run.plan)
         tells_all = tell_every_s <= 0.0 or run.ends_s >= self._told_s + tell_every_s - _INSTANT_S
         if tells_all:

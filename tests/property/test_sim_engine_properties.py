@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from instance.engine import Engine
@@ -38,6 +38,8 @@ class Add:
     priority: int
     ids: tuple[int, ...] = ()
     """Of its prefix, ID_TOKENS tokens each; others may begin with the same."""
+    at: int = 0
+    """Which engine."""
 
     def prompt(self, number: int) -> tuple[int, ...]:
         """The tokens that its ids say, in whole blocks, and then some that no other request has."""
@@ -58,15 +60,25 @@ class Do:
 
 prefixes = st.lists(st.sampled_from([0, 0, 0, 1]), max_size=4).map(tuple)
 adds = st.builds(Add, st.integers(1, 20), st.integers(1, 28), st.integers(0, 2), prefixes)
-verbs = st.sampled_from(["abort", "set priority", "stop and resume", "move"])
+adds_there = st.builds(Add, st.integers(1, 20), st.integers(1, 28), st.integers(0, 2), prefixes, st.just(1))
+verbs = st.sampled_from(["abort", "set priority", "stop and resume", "move", "move"])
 deeds = st.builds(Do, verbs, st.integers(0, 1), st.integers(0, 9), st.integers(0, 2))
 headrooms = st.builds(Do, st.just("headroom"), st.just(0), st.just(0), st.integers(0, 6))
 busy = st.builds(Do, st.just("step"), st.just(0), st.just(0), st.integers(1, 12))
 there = st.builds(Do, st.just("step"), st.just(1), st.just(0), st.integers(1, 12))
-beginnings = st.lists(st.one_of(adds, adds, adds, busy, headrooms), min_size=6, max_size=16)
+beginnings = st.lists(st.one_of(adds, adds, adds, adds_there, busy, headrooms), min_size=6, max_size=16)
 goings_on = st.lists(st.one_of(busy, busy, adds, deeds, there), min_size=6, max_size=30)
 stories = st.tuples(beginnings, goings_on).map(lambda parts: [*parts[0], *parts[1]])
 """Many at once, so that blocks run out; a step is that many steps."""
+ALIKE = (0, 0, 0)
+MOVES: list[Add | Do] = [
+    *(Add(16, 20, 0, ALIKE), Add(16, 20, 0, ALIKE, at=1)),
+    *(Do("step", at=0, value=2), Do("step", at=1, value=3)),
+    Do("move", at=0, which=0),  # all that it has computed is full blocks, which the other one holds
+    *(Do("step", at=1, value=9), Do("move", at=1, which=0)),  # back to where its own are free, but for the last
+    *(Do("step", at=1, value=9), Do("step", at=0, value=9)),
+]
+"""To where the beginning is cached."""
 
 
 class Pair:
@@ -108,7 +120,7 @@ class Pair:
             else encode(Ask(add.num_prompt, add.num_answer, add.num_answer, prefix_ids=add.ids))
         )
         submission = Submission(request_id, "client", add.priority, add.num_prompt, add.num_answer, payload)
-        return self.engines[0].add(submission)
+        return self.engines[add.at].add(submission)
 
     def _move(self, request_id: RequestId, source: Engine, destination: Engine) -> object:
         described = source.describe(request_id)
@@ -176,6 +188,7 @@ class SameBlocks:
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["without a prefix cache", "with one"])
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(story=stories)
+@example(story=MOVES)
 def test_it_schedules_as_the_fake_engine_does(prefix_cache: bool, story: list[Add | Do]) -> None:
     async def play() -> None:
         kit = FakeKit(replace(FAKES, prefix_cache=prefix_cache))
