@@ -46,8 +46,12 @@ class Chain:
     held: list[int] = field(default_factory=list)
     """Of its blocks those that can be found, in the order of the table."""
 
-    def hash_at(self, index: int) -> int:
-        return self.known[index] if index < len(self.known) else (self.base + index * _STRIDE) & _MASK
+    def own(self, index: int) -> int:
+        """The hash of one beyond those that are known."""
+        return (self.base + index * _STRIDE) & _MASK
+
+    def hashes(self, first: int, end: int) -> tuple[int, ...]:
+        return self.known[first:end] + tuple(map(self.own, range(max(first, len(self.known)), end)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class PrefixCache:
             blocks.append(block)
             num_free += not count
         while len(blocks) < num_blocks:
-            block = chain.hash_at(len(blocks))
+            block = chain.own(len(blocks))
             count = holders.get(block)
             if count is None:
                 break
@@ -114,12 +118,11 @@ class PrefixCache:
     def add(self, chain: Chain, before: int, computed: int) -> None:
         """Of a request so many tokens were computed, and are now: its blocks that are full by that can be found, unless
         there is another one with the same in it."""
-        for index in range(before // self._block_size, computed // self._block_size):
-            block = chain.hash_at(index)
-            if block not in self._holders:
-                self._holders[block] = 1
-                chain.held.append(block)
-                self._note(block, is_cached=True)
+        full = chain.hashes(before // self._block_size, computed // self._block_size)
+        new = [block for block in full if block not in self._holders]
+        self._holders.update(dict.fromkeys(new, 1))
+        chain.held += new
+        self._note(new, is_cached=True)
 
     def release(self, chain: Chain) -> int:
         """It holds nothing any more; its last blocks will be given away before its first. Returns how many of its
@@ -136,10 +139,10 @@ class PrefixCache:
 
     def trim(self, num_free: int) -> None:
         """So many free blocks are left: what has been given away can no longer be found."""
-        while len(self._free) > num_free:
-            block, _ = self._free.popitem(last=False)
+        gone = [self._free.popitem(last=False)[0] for _ in range(len(self._free) - num_free)]
+        for block in gone:
             del self._holders[block]
-            self._note(block, is_cached=False)
+        self._note(gone, is_cached=False)
 
     def reset(self) -> bool:
         """Nothing can be found. False: somebody holds something (vLLM does not do it then, either)."""
@@ -154,9 +157,10 @@ class PrefixCache:
         """See `Engine.take_cached_changes`."""
         return self._notes.take(lambda: map(_bytes_of, self._holders))
 
-    def _note(self, block: int, is_cached: bool) -> None:
+    def _note(self, blocks: Sequence[int], is_cached: bool) -> None:
         if not self._notes.is_void:
-            self._notes.note(_bytes_of(block), is_cached)
+            for block in blocks:
+                self._notes.note(_bytes_of(block), is_cached)
 
     def num_shared(self) -> int:
         """Holders beyond the first of each block."""
