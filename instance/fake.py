@@ -146,8 +146,8 @@ class FakeEngine:
         else:
             outputs = self._give_out()
             plan = self._compute()
-        # A plan is read after its step: its tokens are computed, and the first output is there.
-        work = step_work((n, s.computed - n, n == 1 and s.num_output > 1) for s, n in plan)
+        # A plan is read after its step: its tokens are computed.
+        work = step_work((n, s.computed - n, s.computed - n >= len(s.request.prompt)) for s, n in plan)
         num_scheduled = work.num_prefill_tokens + work.num_decode_tokens
         self.last_step_s = self._config.step_base_s + num_scheduled * self._config.step_token_s
         return StepResult(outputs, bool(plan), num_scheduled, work.num_decoding, work)

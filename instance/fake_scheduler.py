@@ -201,17 +201,22 @@ class FakeScheduler:
         for sequence in list(self.in_order_of_waiting()):
             if len(self.running) >= self.config.max_num_seqs or budget <= 0:
                 return
-            if not sequence.blocks:
-                self._share_prefix(sequence)
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if sequence in self.waiting and self._is_held_back(sequence):
-                self._refuse_admission(sequence, is_alone=False)
-                return
+            prefix = [] if sequence.blocks else self._prefix(sequence)
             # All of it must fit, not only the first chunk (vLLM's `scheduler_reserve_full_isl`, on by default).
             wanted = num_blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
-            if wanted > self.pool.num_free:
-                self._refuse_admission(sequence, is_alone=not self.running)
+            wanted -= self.pool.num_cached(prefix) - self.pool.num_cached_free(prefix)
+            if sequence in self.waiting and self._is_held_back(sequence, wanted):
                 return
+            if wanted > self.pool.num_free:
+                if sequence in self.holding and not self.running:
+                    # They would wait for each other for ever: the least urgent gives its KV up.
+                    self._preempt(max(self.holding, key=lambda holding: holding.rank))
+                return
+            # Only now: what waits does not keep the cached blocks that it will share (as in vLLM).
+            if prefix:
+                sequence.blocks = self.pool.share_prefix(prefix)
+                sequence.computed = len(sequence.blocks) * self.config.block_size
+            count = min(len(sequence.tokens) - sequence.computed, budget)
             self.extend(sequence, sequence.computed + count)
             self.take_out(sequence)
             sequence.status = RequestStatus.RUNNING
@@ -219,28 +224,18 @@ class FakeScheduler:
             plan[sequence] = count
             budget -= count
 
-    def _is_held_back(self, sequence: Sequence) -> bool:
+    def _is_held_back(self, sequence: Sequence, wanted: int) -> bool:
         """Whether more urgent ones that run would lack the headroom of their level beside it."""
         kept = kept_from(self.headroom, sequence.priority, (running.priority for running in self.running))
-        needed = num_blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
-        return kept > 0 and self.pool.num_free - needed < kept
+        return kept > 0 and self.pool.num_free - wanted < kept
 
-    def _refuse_admission(self, sequence: Sequence, is_alone: bool) -> None:
-        if sequence in self.waiting:
-            self.pool.release(sequence.blocks)
-            sequence.blocks, sequence.computed = [], 0
-        elif is_alone:
-            # Requests that wait with their KV would wait for each other for ever: the least urgent gives its KV up.
-            self._preempt(max(self.holding, key=lambda holding: holding.rank))
-
-    def _share_prefix(self, sequence: Sequence) -> None:
+    def _prefix(self, sequence: Sequence) -> list[int]:
+        """Hashes of the blocks that it may take from the cache."""
         if not self.config.prefix_cache:
-            return
+            return []
         size = self.config.block_size
         sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
-        usable = (len(sequence.tokens) - 1) // size  # At least one token is computed, to sample from.
-        sequence.blocks = self.pool.share_prefix(sequence.hashes[:usable])
-        sequence.computed = len(sequence.blocks) * size
+        return sequence.hashes[: (len(sequence.tokens) - 1) // size]  # At least one is computed, to sample from.
 
     def _write(self, sequence: Sequence, count: int) -> None:
         size, start = self.config.block_size, sequence.computed

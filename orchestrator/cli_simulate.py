@@ -59,6 +59,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
     instances: told.Instances = None,
     blocks: told.Blocks = None,
     max_model_len: told.MaxModelLen = None,
+    prefix_cache: told.PrefixCache = None,
     gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
@@ -108,6 +109,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter a flag
             max_model_len,
             data,
             twin,
+            prefix_cache,
         )
     )
     days: list[Day] = []

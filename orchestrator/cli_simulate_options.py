@@ -47,6 +47,14 @@ MaxModelLen = Annotated[
         show_default=False,
     ),
 ]
+PrefixCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Instances keep the beginnings of prompts. Default: if the workload has any known.",
+        show_default=False,
+    ),
+]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of published workloads. (KVFERRY_DATA)")]
 Gateways = Annotated[
     int | None, typer.Option(help="They share the requests. Default: 1, or as the twin's.", show_default=False)
@@ -93,6 +101,7 @@ class Flags:
     max_model_len: int | None
     data: Path | None
     twin: Path | None
+    prefix_cache: bool | None
 
 
 def question_of(flags: Flags) -> Question:
@@ -136,7 +145,12 @@ def question_of(flags: Flags) -> Question:
         question.workload not in LLUMNIX_NAMES or question.longest >= MAX_TOKENS,
         f"its instances hold {question.longest:,} tokens, and a request of {question.workload} may have {MAX_TOKENS:,}",
     )
-    _tell_requests(question, question.drawn(1))
+    first = question.drawn(1)
+    prefix_cache = flags.prefix_cache
+    if prefix_cache is None:
+        prefix_cache = any(one.prefix_ids for one in first.arrivals)
+    question = replace(question, engine=replace(engine, prefix_cache=prefix_cache))
+    _tell_requests(question, first)
     return question
 
 
@@ -150,6 +164,7 @@ def _tell_requests(question: Question, drawn: Drawn) -> None:
         told.append(f"{drawn.num_left_out:,} more left out: their prompt has {question.longest:,} tokens or more")
     if drawn.num_cut_short:
         told.append(f"{drawn.num_cut_short:,} answers cut short at {question.longest:,} tokens of prompt and answer")
+    told.append(f"instances keep {'prefixes of prompts' if question.engine.prefix_cache else 'no prefixes'}")
     typer.echo("; ".join(told), err=True)
 
 

@@ -30,6 +30,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter a flag
     instances: told.Instances = None,
     blocks: told.Blocks = None,
     max_model_len: told.MaxModelLen = None,
+    prefix_cache: told.PrefixCache = None,
     gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
@@ -76,6 +77,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter a flag
             max_model_len,
             data,
             twin,
+            prefix_cache,
         )
     )
     with Console(stderr=True).status("simulating"):
@@ -103,6 +105,7 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter a flag
     instances: told.Instances = None,
     blocks: told.Blocks = None,
     max_model_len: told.MaxModelLen = None,
+    prefix_cache: told.PrefixCache = None,
     gateways: told.Gateways = None,
     cv: told.Variation = 1.0,
     urgent: told.Urgent = 0.0,
@@ -143,6 +146,7 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter a flag
             max_model_len,
             data,
             twin,
+            prefix_cache,
         )
     )
     jobs = [

@@ -17,13 +17,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
-from orchestrator.policy.prefixes import hash_of
+from orchestrator.policy.prefixes import MAX_HASHED_BLOCKS, hash_of
 
 logger = logging.getLogger(__name__)
-
-MAX_HASHED_BLOCKS = 1024
-"""Of a prompt; what it shares with others beyond them does not count. The gateway's loop hashes: 3 ms for so many
-of 16 tokens, 10 ms of 128."""
 
 PrefixHashes = Callable[[EngineCoreRequest, int], tuple[int, ...]]
 """Request, tokens of a block -> hashes of its first full blocks."""

@@ -11,9 +11,12 @@ from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.loop import GatewayLoop
 from orchestrator.gateway.types import Deliver, Fail, Outgoing
 from orchestrator.policy.admission import NO_ASKS, Asks
+from orchestrator.policy.prefixes import MAX_HASHED_BLOCKS
 from orchestrator.sim.arrivals import Arrival, Lived
 from orchestrator.sim.engine import Ask, encode
 from orchestrator.sim.gaps import Gaps
+from orchestrator.sim.lengths import LengthConfig
+from orchestrator.sim.prefix_cache import prefix_hashes
 
 
 class Watch(Protocol):
@@ -28,9 +31,10 @@ class Watch(Protocol):
 class Clients:
     """All clients of one world: an open loop over its gateways, each request to the next one."""
 
-    def __init__(self, gateways: list[GatewayLoop], front_end_s: float = 0.0) -> None:
+    def __init__(self, gateways: list[GatewayLoop], engine: LengthConfig, front_end_s: float = 0.0) -> None:
         """`front_end_s`: what a gateway takes for each request before it dispatches it; one after the other."""
         self._gateways = gateways
+        self._engine = engine
         self._front_end_s = front_end_s
         self._free_at_s = [0.0] * len(gateways)
         self._loop = asyncio.get_running_loop()
@@ -94,8 +98,10 @@ class Clients:
             self._submit(request_id, arrival)
 
     def _submit(self, request_id: RequestId, arrival: Arrival) -> None:
-        payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens))
-        self._gateways[arrival.index % len(self._gateways)].submit(
+        gateway = self._gateways[arrival.index % len(self._gateways)]
+        ids = arrival.prefix_ids if self._engine.prefix_cache else ()
+        payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens, prefix_ids=ids))
+        gateway.submit(
             Outgoing(
                 request_id=request_id,
                 external_id=request_id,
@@ -105,6 +111,7 @@ class Clients:
                 payload=payload,
                 payload_as=lambda _: payload,
                 asks=NO_ASKS if arrival.targets is None else Asks(arrival.targets),
+                prefix=self._prefix(arrival, gateway.router.hashed_block_size) if ids else (),
             )
         )
 
@@ -113,6 +120,14 @@ class Clients:
         lived = self.lived.get(request_id)
         if lived is not None and lived.num_tokens and not lived.is_over:
             self._moved[request_id] = destination
+
+    def _prefix(self, arrival: Arrival, block_size: int | None) -> tuple[int, ...]:
+        """What production's gateway says of a prompt (`orchestrator/gateway/prefixes.py`), without the blocks that
+        nobody else can have: they would be looked for in vain. The last token is always computed."""
+        if block_size is None:
+            return ()
+        num_tokens = min(arrival.num_prompt - 1, MAX_HASHED_BLOCKS * block_size)
+        return prefix_hashes(arrival.prefix_ids, self._engine.prefix_id_tokens, num_tokens, block_size)
 
     def _deliver(self, delivery: Deliver) -> None:
         now_s = self._loop.time()

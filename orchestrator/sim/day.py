@@ -20,6 +20,14 @@ class Counts:
     """Ended otherwise."""
     copied_bytes: int
     messages: int
+    prompt_tokens: int
+    """Of the requests that have begun on an instance."""
+    found_tokens: int
+    """Of those: in its prefix cache then."""
+
+    @property
+    def found_share(self) -> float:
+        return self.found_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True)

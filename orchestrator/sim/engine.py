@@ -36,6 +36,7 @@ from migration.types import (
     StoppedRequest,
 )
 from orchestrator.sim.lengths import Batch, LengthConfig, Sequence
+from orchestrator.sim.prefix_cache import NOTHING, Chain
 from orchestrator.sim.runs import Runs
 from orchestrator.sim.steptime import StepTimes
 
@@ -43,7 +44,7 @@ _VERSION = "lengths-1"
 _ALL_BLOCKS = tuple(range(65_536))
 
 
-class Ask(msgspec.Struct, frozen=True):
+class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     """The payload of a submission: a request of these lengths."""
 
     num_prompt: int
@@ -51,6 +52,8 @@ class Ask(msgspec.Struct, frozen=True):
     """Output tokens after which it ends by itself, `max_tokens` at most."""
     max_tokens: int
     movable: bool = True
+    prefix_ids: tuple[int, ...] = ()
+    """See `Arrival`; only where engines cache prefixes."""
 
 
 class _Moved(msgspec.Struct, frozen=True):
@@ -73,6 +76,9 @@ class _Reserved:
     moved: _Moved
     request_id: RequestId
     blocks: int
+    chain: Chain | None = None
+    num_cached: int = 0
+    """Of its blocks, which were here: they are not copied."""
 
 
 class LengthEngine:
@@ -118,7 +124,8 @@ class LengthEngine:
         ask = msgspec.msgpack.decode(submission.payload, type=Ask)
         if reason := self._never_fits(ask.num_prompt + ask.max_tokens):
             return EngineRefusal(reason, final=True)
-        self._enter(submission.request_id, _Moved(ask, submission.external_id, submission.priority, 0, 0, 0), 0)
+        moved = _Moved(ask, submission.external_id, submission.priority, 0, 0, 0)
+        self._enter(submission.request_id, moved, 0, self._chain(submission.request_id, ask))
         return None
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
@@ -140,7 +147,7 @@ class LengthEngine:
         return bool(self.batch.running or self.batch.holding or self.batch.waiting)
 
     def step(self) -> StepResult:
-        if self.runs.begin(0.0, 0.0) is None:
+        if self.runs.begin(0.0, 0.0, skips_empty=False) is None:
             return StepResult((), executed=False, num_scheduled_tokens=0, num_decoding=0)
         return self.runs.end().result
 
@@ -162,10 +169,10 @@ class LengthEngine:
         return self.batch.views()
 
     def reset_prefix_cache(self) -> bool:
-        return True
+        return self.batch.cache is None or self.batch.cache.reset()
 
     def take_cached_changes(self) -> CachedChanges | None:
-        return None
+        return None if self.batch.cache is None else self.batch.cache.take_changes()
 
     # ---- source
     def describe(self, request_id: RequestId) -> Description | Refusal | None:
@@ -225,7 +232,7 @@ class LengthEngine:
     def reserve(self, migration_id: MigrationId, description: Description, slack_blocks: int) -> Reservation | Refusal:
         known = self._reserved.get(migration_id)
         if known is not None:
-            return _reservation(known)
+            return self._reservation(known)
         moved = msgspec.msgpack.decode(description.payload, type=_Moved)
         if description.kv_fingerprint != self.facts.kv_fingerprint:
             return Refusal(f"its KV is {description.kv_fingerprint}, here it is {self.facts.kv_fingerprint}")
@@ -237,11 +244,16 @@ class LengthEngine:
             return Refusal(reason)
         settled = description.settled_tokens
         blocks = min(self.batch.blocks_for(settled) + slack_blocks, self.batch.blocks_for(longest)) if settled else 0
-        if blocks > self.batch.free:
-            return Refusal(f"{blocks} blocks wanted, {self.batch.free} are free")
-        self.batch.free -= blocks
-        self._reserved[migration_id] = _Reserved(moved, description.request_id, blocks)
-        return _reservation(self._reserved[migration_id])
+        batch, chain = self.batch, self._chain(description.request_id, moved.ask)
+        found = NOTHING if batch.cache is None or chain is None else batch.cache.find(chain, settled)
+        if blocks - found.num_held > batch.free:
+            return Refusal(f"{blocks} blocks wanted, {batch.free} are free")
+        if batch.cache is not None and chain is not None:
+            batch.cache.hold(chain, found)
+        batch.take(blocks - found.num_held)
+        reserved = _Reserved(moved, description.request_id, blocks, chain, len(found.blocks))
+        self._reserved[migration_id] = reserved
+        return self._reservation(reserved)
 
     def grow(self, migration_id: MigrationId, num_tokens: int) -> Reservation | Refusal:
         reserved = self._reserved.get(migration_id)
@@ -250,9 +262,9 @@ class LengthEngine:
         missing = max(0, self.batch.blocks_for(num_tokens) - reserved.blocks)
         if missing > self.batch.free:
             return Refusal(f"{missing} more blocks wanted, {self.batch.free} are free")
-        self.batch.free -= missing
+        self.batch.take(missing)
         reserved.blocks += missing
-        return _reservation(reserved)
+        return self._reservation(reserved)
 
     def is_ready(self, migration_id: MigrationId) -> bool | Refusal:
         return True if migration_id in self._reserved else Refusal("no such reservation")
@@ -262,9 +274,13 @@ class LengthEngine:
         if reserved is None:
             return Refusal("no such reservation")
         moved = msgspec.msgpack.decode(state, type=_Moved)
-        blocks = reserved.blocks if moved.computed else 0
-        self.batch.free += reserved.blocks - blocks
-        sequence = self._enter(reserved.request_id, moved, blocks)
+        blocks, chain = reserved.blocks, reserved.chain
+        if not moved.computed:
+            self.batch.give_back(blocks, chain)
+            blocks = 0
+        sequence = self._enter(reserved.request_id, moved, blocks, chain)
+        if blocks and self.batch.cache is not None and chain is not None:
+            self.batch.cache.add(chain, reserved.num_cached * self._config.block_size, moved.computed)
         return CommittedRequest(
             request_id=sequence.request_id,
             external_id=sequence.external_id,
@@ -277,16 +293,25 @@ class LengthEngine:
     def cancel(self, migration_id: MigrationId) -> None:
         reserved = self._reserved.pop(migration_id, None)
         if reserved is not None:
-            self.batch.free += reserved.blocks
+            self.batch.give_back(reserved.blocks, reserved.chain)
 
     def check_integrity(self) -> None:
-        self.batch.check_integrity(sum(one.blocks for one in self._reserved.values()))
+        chains = [one.chain for one in self._reserved.values() if one.chain is not None]
+        self.batch.check_integrity(sum(one.blocks for one in self._reserved.values()), chains)
 
     def close(self) -> None:
         """Nothing is held outside this process."""
 
     # ---- inside
-    def _enter(self, request_id: RequestId, moved: _Moved, blocks: int) -> Sequence:
+    def _chain(self, request_id: RequestId, ask: Ask) -> Chain | None:
+        cache = self.batch.cache
+        return None if cache is None else cache.chain(request_id, ask.prefix_ids, ask.num_prompt)
+
+    def _reservation(self, reserved: _Reserved) -> Reservation:
+        num_cached_tokens = reserved.num_cached * self._config.block_size
+        return Reservation(num_cached_tokens, reserved.blocks, _table(reserved.blocks))
+
+    def _enter(self, request_id: RequestId, moved: _Moved, blocks: int, chain: Chain | None) -> Sequence:
         self._num_arrivals += 1
         self._aborted.pop(request_id, None)
         ask = moved.ask
@@ -303,6 +328,7 @@ class LengthEngine:
             computed=moved.computed,
             blocks=blocks,
             num_told=moved.num_output,
+            chain=chain,
         )
         self.batch.sequences[request_id] = sequence
         self.batch.put_back(sequence)
@@ -322,12 +348,9 @@ class LengthEngine:
 
 
 def _moved(sequence: Sequence, computed: int) -> _Moved:
-    ask = Ask(sequence.num_prompt, sequence.num_answer, sequence.max_tokens, sequence.movable)
+    ids = () if sequence.chain is None else sequence.chain.ids
+    ask = Ask(sequence.num_prompt, sequence.num_answer, sequence.max_tokens, sequence.movable, ids)
     return _Moved(ask, sequence.external_id, sequence.priority, sequence.num_output, computed, sequence.num_preemptions)
-
-
-def _reservation(reserved: _Reserved) -> Reservation:
-    return Reservation(0, reserved.blocks, _table(reserved.blocks))
 
 
 def _table(num_blocks: int) -> BlockTable:

@@ -2,20 +2,23 @@
 
 The rules are those of `instance/fake_scheduler.py`, which the contract suite holds against vLLM itself; a property test
 holds this one against it, step by step. Tokens have no content here and blocks no number, so that a step costs little,
-and that many steps in which nothing happens but decoding cost hardly more than one (`Batch.steps_alike`). No prefix is
-cached.
+and that many steps in which nothing happens but decoding cost hardly more than one (`Batch.steps_alike`). Prefixes are
+cached where the config says so (`prefix_cache.py`).
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from instance.headroom import Headroom, kept_from
 from instance.types import PriorityAnswer, PriorityOutcome, RequestStatus, RequestView
 from migration.types import RequestId
+from orchestrator.sim.arrivals import PREFIX_BLOCK_TOKENS
 from orchestrator.sim.losses import Losses
+from orchestrator.sim.prefix_cache import NOTHING, Chain, Found, PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,9 @@ class LengthConfig:
     max_num_batched_tokens: int = 2048
     bytes_per_token: int = 524_288
     """Of KV, all layers: what a migration copies."""
+    prefix_cache: bool = False
+    prefix_id_tokens: int = PREFIX_BLOCK_TOKENS
+    """Of one of a request's prefix ids."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +58,8 @@ class Sequence:
     num_told: int = 0
     """Output tokens that were among a step's outputs."""
     status: RequestStatus = RequestStatus.WAITING
+    chain: Chain | None = None
+    """None: there is no prefix cache."""
 
     @property
     def num_output(self) -> int:
@@ -82,7 +90,14 @@ class Batch:
     waiting_blocks: int = 0
     """That those which wait, with their KV or without, need to begin."""
     num_preemptions: int = 0
+    has_preempted: bool = False
+    """In the step that was scheduled last, so that who waits was not looked at: it may begin in the next one."""
     headroom: Headroom = ()
+    cache: PrefixCache | None = None
+    num_prompt_tokens: int = 0
+    """Of the requests that have begun here."""
+    num_found_tokens: int = 0
+    """Of those: in the prefix cache when they began."""
     _untold: list[Sequence] = field(default_factory=list)
     """Preempted since all was told."""
     _running_at: dict[int, int] = field(default_factory=dict)
@@ -93,6 +108,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.free = self.config.num_blocks
+        if self.config.prefix_cache:
+            self.cache = PrefixCache(self.config.block_size, self.config.prefix_id_tokens)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
@@ -156,8 +173,21 @@ class Batch:
         """It is gone: its blocks are free."""
         self.take_out(sequence)
         del self.sequences[sequence.request_id]
-        self.free += sequence.blocks
+        self.give_back(sequence.blocks, sequence.chain)
         sequence.blocks = 0
+
+    # ---- blocks
+    def take(self, num_blocks: int) -> None:
+        """Of the free ones."""
+        self.free -= num_blocks
+        if self.cache is not None:
+            self.cache.trim(self.free)
+
+    def give_back(self, num_blocks: int, chain: Chain | None) -> None:
+        """All blocks of a table, of which the chain knows those that can be found."""
+        self.free += num_blocks
+        if self.cache is not None and chain is not None:
+            self.free -= self.cache.release(chain)
 
     def set_priority(self, request_id: RequestId, priority: int) -> PriorityAnswer:
         sequence = self.sequences.get(request_id)
@@ -196,24 +226,25 @@ class Batch:
                 if sequence.status is not RequestStatus.RUNNING:
                     break  # it had to give its own blocks up: vLLM looks at no further one in this step
                 sequence.blocks += missing
-                self.free -= missing
+                self.take(missing)
             plan[sequence] = count
             budget -= count
             index += 1
         if (self.waiting or self.holding) and self.num_preemptions == preemptions_before:
             self._admit(plan, budget)
+        self.has_preempted = self.num_preemptions > preemptions_before
         return plan
 
     def _take(self, sequence: Sequence, missing: int) -> None:
         if missing > 0:
             sequence.blocks += missing
-            self.free -= missing
+            self.take(missing)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.take_out(sequence)
         self._untold.append(sequence)
         self.losses.preempted(sequence.request_id, sequence.computed, self.now_s)
-        self.free += sequence.blocks
+        self.give_back(sequence.blocks, sequence.chain)
         sequence.blocks = sequence.computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -223,7 +254,11 @@ class Batch:
         while (self.holding or self.waiting) and len(self.running) < self.config.max_num_seqs and budget > 0:
             has_kv = bool(self.holding)
             sequence = self.holding[0] if has_kv else self.waiting[0]
-            wanted = self.blocks_for(sequence.tokens) - sequence.blocks  # all of it must fit, not only the first chunk
+            found = NOTHING
+            if self.cache is not None and sequence.chain is not None and not has_kv:
+                found = self.cache.find(sequence.chain, sequence.tokens - 1)  # to sample, one is computed at least
+            # All of it must fit, not only the first chunk.
+            wanted = self.blocks_for(sequence.tokens) - sequence.blocks - found.num_held
             if wanted > self.free or (not has_kv and self._is_held_back(sequence, wanted)):
                 if has_kv and not self.running:
                     # Those that wait with their KV would wait for each other for ever: the least urgent gives its up.
@@ -233,10 +268,23 @@ class Batch:
             sequence.status = RequestStatus.RUNNING
             self.running.append(sequence)
             self._count_running(sequence.priority, 1)
+            if not has_kv:
+                self._begin(sequence, found)
             count = min(sequence.tokens - sequence.computed, budget)
             self._take(sequence, self.blocks_for(sequence.computed + count) - sequence.blocks)
             plan[sequence] = count
             budget -= count
+
+    def _begin(self, sequence: Sequence, found: Found) -> None:
+        """With what is cached of it."""
+        if sequence.tokens == sequence.num_prompt and not sequence.num_preemptions:
+            self.num_prompt_tokens += sequence.num_prompt
+            self.num_found_tokens += len(found.blocks) * self.config.block_size
+        if found.blocks and self.cache is not None and sequence.chain is not None:
+            self.cache.hold(sequence.chain, found)
+            self.free -= found.num_free
+            sequence.blocks = len(found.blocks)
+            sequence.computed = sequence.blocks * self.config.block_size
 
     def _is_held_back(self, sequence: Sequence, wanted: int) -> bool:
         """Whether more urgent ones that run would lack the headroom of their level beside it."""
@@ -250,11 +298,12 @@ class Batch:
         """How many steps go by, this one included, in which each of these gets a token and nobody begins or is
         preempted; at most `limit`. 0: this is no such step.
 
-        While nobody ends free blocks only become fewer, so whoever waits now goes on waiting.
+        While nobody ends free blocks only become fewer, so whoever was looked at and waits goes on waiting. What
+        becomes full while they decode is nobody else's prefix.
         """
         if len(plan) != len(self.running):
             return 0
-        most = limit
+        most = 1 if self.has_preempted else limit
         for one in plan:
             if one.tokens - one.computed != 1:
                 return 0
@@ -273,6 +322,8 @@ class Batch:
     def advance(self, plan: dict[Sequence, int], num_steps: int) -> None:
         """So many steps alike have been made."""
         size, taken = self.config.block_size, 0
+        if self.cache is not None:  # what becomes full now is nobody else's, so it does not matter which goes first
+            self._add_computed((one, num_steps) for one in plan)
         for one in plan:
             one.tokens += num_steps
             one.computed = computed = one.computed + num_steps
@@ -280,11 +331,13 @@ class Batch:
                 missing = -(-computed // size) - one.blocks
                 one.blocks += missing
                 taken += missing
-        self.free -= taken
+        self.take(taken)
 
     def compute(self, plan: dict[Sequence, int]) -> list[Sequence]:
         """One step of any kind has been made. Returns those that have got a token."""
         given = []
+        if self.cache is not None:
+            self._add_computed(plan.items())
         for sequence, count in plan.items():
             sequence.computed += count
             if sequence.computed == sequence.tokens:
@@ -292,7 +345,15 @@ class Batch:
                 given.append(sequence)
         return given
 
-    def check_integrity(self, num_reserved: int) -> None:
+    def _add_computed(self, counts: Iterable[tuple[Sequence, int]]) -> None:
+        """To the cache: the blocks that are full when so many tokens more are computed."""
+        cache, size = self.cache, self.config.block_size
+        assert cache is not None
+        for one, count in counts:
+            if one.computed % size + count >= size and one.chain is not None:
+                cache.add(one.chain, one.computed, one.computed + count)
+
+    def check_integrity(self, num_reserved: int, reserved: Iterable[Chain] = ()) -> None:
         """Raise AssertionError unless free, held and reserved blocks are all there are, and the queues agree."""
         queues = (*self.running, *self.holding, *self.waiting)
         assert len(set(queues)) == len(queues), "a request stands in two queues"
@@ -304,5 +365,9 @@ class Batch:
         waiting_blocks = sum(self.blocks_for(one.tokens) for one in (*self.holding, *self.waiting))
         assert self.waiting_blocks == waiting_blocks, "what those that wait need is counted wrong"
         held = sum(one.blocks for one in self.sequences.values())
+        if self.cache is not None:
+            chains = [one.chain for one in self.sequences.values() if one.chain is not None]
+            self.cache.check_integrity([*chains, *reserved], self.free)
+            held -= self.cache.num_shared()
         assert self.free >= 0 and self.free + held + num_reserved == self.config.num_blocks, "blocks were lost"
         assert all(one.computed <= one.blocks * self.config.block_size for one in self.sequences.values())

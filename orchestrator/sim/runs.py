@@ -65,13 +65,15 @@ class Runs:
     def is_stepping(self) -> bool:
         return self._run is not None
 
-    def begin(self, start_s: float, limit_s: float) -> float | None:
+    def begin(self, start_s: float, limit_s: float, skips_empty: bool = True) -> float | None:
         """Begin a run of as many steps as are alike, until `limit_s` after all was told but for the first. Returns when
-        it ends; None: nothing can be scheduled."""
+        it ends; None: nothing can be scheduled. `skips_empty`: a step that only preempts takes no time and is none."""
         assert self._run is None, "a run is under way"
         self._batch.now_s = start_s
         limit_s = min(limit_s, max(0.0, self._told_s + limit_s - start_s))
         plan = self._batch.schedule()
+        while skips_empty and not plan and self._batch.has_preempted:
+            plan = self._batch.schedule()
         if not plan:
             return None
         chunks: list[Chunk] = []
@@ -133,7 +135,7 @@ class Runs:
             work = StepWork(0, num * num_steps, num * num_steps, run.context_tokens * num_steps + grown, 0, num_steps)
             given: Iterable[Sequence] = run.plan
         else:
-            work = step_work((num, one.computed, num == 1 and one.num_output > 0) for one, num in run.plan.items())
+            work = step_work((num, one.computed, one.computed >= one.num_prompt) for one, num in run.plan.items())
             given = self._batch.compute(run.plan)
             if (losses := self._batch.losses).is_any_open:
                 for one in given:

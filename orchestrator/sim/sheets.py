@@ -82,7 +82,7 @@ def tokens(days: Sequence[Day]) -> Sheet:
 def fleets(days: Sequence[Day]) -> Sheet:
     has_rates = _has_rates(days)
     moves = ("moved", "broken off", "copied GB", "stopped ms", "P99", "downtime ms", "P99")
-    columns = (*moves, "fragmented %", "P99", "preempted", "instances", "instance h")
+    columns = (*moves, "fragmented %", "P99", "preempted", "cached %", "instances", "instance h")
     rows, outcomes = [], dict[str, Counter[str]]()
     for names, own in _groups(days):
         measures, counts = [day.fleet for day in own], [day.counts for day in own]
@@ -96,11 +96,12 @@ def fleets(days: Sequence[Day]) -> Sheet:
             *_mean_and_tail([one.downtime_s for one in measures], 1e3, "{:.1f}"),
             *_mean_and_tail([one.fragmentation for one in measures], 100, "{:.2f}"),
             str(sum(one.preemptions for one in counts)),
+            _text(100 * _mean(one.found_share for one in counts), "{:.1f}"),
             _text(_mean(one.mean_instances for one in measures), "{:.1f}"),
             f"{sum(one.instance_s for one in measures) / 3600:.2f}",
         ]
         rows.append((*(names if has_rates else names[1:]), *cells))
-    note = "Whole days, the first requests included."
+    note = "Whole days, the first requests included. Cached: share of the prompts' tokens that an instance had already."
     for arm, counts_of in outcomes.items():
         if counts_of:
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts_of.items()))

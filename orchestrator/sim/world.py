@@ -86,7 +86,7 @@ class World:
         self.ended: list[SimInstance] = []
         self.fleet = SimFleet(params.call_s, params.notice_s)
         self.gateways = [self._make_gateway(number) for number in range(params.num_gateways)]
-        self.clients = Clients(self.gateways, params.front_end_s)
+        self.clients = Clients(self.gateways, params.engine, params.front_end_s)
         self.fleet.on_commit = self._has_moved
         self.losses = Losses()
         self.presence = Presence()
@@ -140,6 +140,8 @@ class World:
             broken_off=outcomes.total() - committed,
             copied_bytes=sum(one.mover.num_bytes for one in everybody),
             messages=self.network.num_messages,
+            prompt_tokens=sum(one.engine.batch.num_prompt_tokens for one in everybody),
+            found_tokens=sum(one.engine.batch.num_found_tokens for one in everybody),
         )
 
     # ---- who is there

@@ -13,7 +13,8 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import sha256, sha256_cbor
 from vllm.v1.engine import EngineCoreRequest
 
-from orchestrator.gateway.prefixes import MAX_HASHED_BLOCKS, no_hashes, prefix_hashes
+from orchestrator.gateway.prefixes import no_hashes, prefix_hashes
+from orchestrator.policy.prefixes import MAX_HASHED_BLOCKS
 from tests.support.engine_hashes import hashes_of, request_of
 
 SIZE = 16

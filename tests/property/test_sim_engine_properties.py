@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from instance.engine import Engine
 from instance.fake_model import FakeRequest, encode_fake
 from instance.fake_scheduler import FakeConfig
-from instance.types import NO_WORK, EngineLoad, RequestView, StepResult, StepWork, Submission
+from instance.types import NO_WORK, CachedChanges, EngineLoad, RequestView, StepResult, StepWork, Submission
 from migration.types import MigrationId, Refusal, RequestId, Reservation, StoppedRequest
 from orchestrator.sim.copying import LinkParams, Links, SimMover
 from orchestrator.sim.engine import Ask, LengthEngine, encode
@@ -21,7 +22,11 @@ from orchestrator.sim.steptime import Attention, StepTimes
 from tests.support.fake import FakeKit
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS, SLACK = 4, 12, 64, 4, 10, 1
-LENGTHS = LengthConfig(NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS)
+ID_TOKENS = 6
+"""Of a prefix id: it ends in the middle of a block."""
+LENGTHS = LengthConfig(
+    NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS, prefix_cache=False, prefix_id_tokens=ID_TOKENS
+)
 FAKES = FakeConfig(NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_STEP_TOKENS, prefix_cache=False)
 TIMES = StepTimes(0.01, 0.001, 4, 0.0005, 0.0003, Attention(0.001, 0.0002, 0.00001, 0.002, 0.0001, 1e-6, 2e-6, 3e-6))
 
@@ -31,6 +36,16 @@ class Add:
     num_prompt: int
     num_answer: int
     priority: int
+    ids: tuple[int, ...] = ()
+    """Of its prefix, ID_TOKENS tokens each; others may begin with the same."""
+    at: int = 0
+    """Which engine."""
+
+    def prompt(self, number: int) -> tuple[int, ...]:
+        """The tokens that its ids say, in whole blocks, and then some that no other request has."""
+        num_known = min(self.num_prompt, len(self.ids) * ID_TOKENS) // BLOCK_SIZE * BLOCK_SIZE
+        known = (1 + 100 * self.ids[position // ID_TOKENS] + position for position in range(num_known))
+        return (*known, *(1_000 + 100 * number + position for position in range(num_known, self.num_prompt)))
 
 
 @dataclass(frozen=True)
@@ -43,16 +58,27 @@ class Do:
     value: int = 0
 
 
-adds = st.builds(Add, st.integers(1, 20), st.integers(1, 28), st.integers(0, 2))
-verbs = st.sampled_from(["abort", "set priority", "stop and resume", "move"])
+prefixes = st.lists(st.sampled_from([0, 0, 0, 1]), max_size=4).map(tuple)
+adds = st.builds(Add, st.integers(1, 20), st.integers(1, 28), st.integers(0, 2), prefixes)
+adds_there = st.builds(Add, st.integers(1, 20), st.integers(1, 28), st.integers(0, 2), prefixes, st.just(1))
+verbs = st.sampled_from(["abort", "set priority", "stop and resume", "move", "move"])
 deeds = st.builds(Do, verbs, st.integers(0, 1), st.integers(0, 9), st.integers(0, 2))
 headrooms = st.builds(Do, st.just("headroom"), st.just(0), st.just(0), st.integers(0, 6))
 busy = st.builds(Do, st.just("step"), st.just(0), st.just(0), st.integers(1, 12))
 there = st.builds(Do, st.just("step"), st.just(1), st.just(0), st.integers(1, 12))
-beginnings = st.lists(st.one_of(adds, adds, adds, busy, headrooms), min_size=6, max_size=16)
+beginnings = st.lists(st.one_of(adds, adds, adds, adds_there, busy, headrooms), min_size=6, max_size=16)
 goings_on = st.lists(st.one_of(busy, busy, adds, deeds, there), min_size=6, max_size=30)
 stories = st.tuples(beginnings, goings_on).map(lambda parts: [*parts[0], *parts[1]])
 """Many at once, so that blocks run out; a step is that many steps."""
+ALIKE = (0, 0, 0)
+MOVES: list[Add | Do] = [
+    *(Add(16, 20, 0, ALIKE), Add(16, 20, 0, ALIKE, at=1)),
+    *(Do("step", at=0, value=2), Do("step", at=1, value=3)),
+    Do("move", at=0, which=0),  # all that it has computed is full blocks, which the other one holds
+    *(Do("step", at=1, value=9), Do("move", at=1, which=0)),  # back to where its own are free, but for the last
+    *(Do("step", at=1, value=9), Do("step", at=0, value=9)),
+]
+"""To where the beginning is cached."""
 
 
 class Pair:
@@ -89,12 +115,12 @@ class Pair:
         request_id = RequestId(f"r{self.num_added}")
         self.num_added += 1
         payload = (
-            encode_fake(FakeRequest(tuple(range(1, add.num_prompt + 1)), add.num_answer))
+            encode_fake(FakeRequest(add.prompt(self.num_added), add.num_answer, seed=self.num_added))
             if self.is_fake
-            else encode(Ask(add.num_prompt, add.num_answer, add.num_answer))
+            else encode(Ask(add.num_prompt, add.num_answer, add.num_answer, prefix_ids=add.ids))
         )
         submission = Submission(request_id, "client", add.priority, add.num_prompt, add.num_answer, payload)
-        return self.engines[0].add(submission)
+        return self.engines[add.at].add(submission)
 
     def _move(self, request_id: RequestId, source: Engine, destination: Engine) -> object:
         described = source.describe(request_id)
@@ -137,21 +163,44 @@ def _seen(result: StepResult) -> object:
     return outputs, result.executed, result.num_scheduled_tokens, result.num_decoding, result.work
 
 
-def length_engine(times: StepTimes = TIMES) -> LengthEngine:
-    return LengthEngine(LENGTHS, times, SimMover("one", Links(LinkParams()), 1))
+def length_engine(prefix_cache: bool = False) -> LengthEngine:
+    return LengthEngine(replace(LENGTHS, prefix_cache=prefix_cache), TIMES, SimMover("one", Links(LinkParams()), 1))
 
 
+@dataclass
+class SameBlocks:
+    """What one kind of engine calls by a hash the other does by another, and each hash has just one other."""
+
+    other_of: dict[bytes, bytes] = field(default_factory=dict)
+    one_of: dict[bytes, bytes] = field(default_factory=dict)
+
+    def check(self, told: CachedChanges | None, other: CachedChanges | None) -> None:
+        if told is None or other is None:
+            assert told is other
+            return
+        assert told.is_anew == other.is_anew
+        assert [is_cached for _, is_cached in told.changes] == [is_cached for _, is_cached in other.changes]
+        for (one, _), (another, _) in zip(told.changes, other.changes, strict=True):
+            assert self.other_of.setdefault(one, another) == another
+            assert self.one_of.setdefault(another, one) == one
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["without a prefix cache", "with one"])
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(stories)
-def test_it_schedules_as_the_fake_engine_does(story: list[Add | Do]) -> None:
+@given(story=stories)
+@example(story=MOVES)
+def test_it_schedules_as_the_fake_engine_does(prefix_cache: bool, story: list[Add | Do]) -> None:
     async def play() -> None:
-        kit = FakeKit(FAKES)
+        kit = FakeKit(replace(FAKES, prefix_cache=prefix_cache))
         try:
             fakes = Pair((kit.first, kit.second), is_fake=True)
-            lengths = Pair((length_engine(), length_engine()), is_fake=False)
+            lengths = Pair((length_engine(prefix_cache), length_engine(prefix_cache)), is_fake=False)
+            blocks = SameBlocks()
             for deed in story:
                 assert lengths.do(deed) == fakes.do(deed), deed
                 assert lengths.standing() == fakes.standing(), deed
+                for one, other in zip(lengths.engines, fakes.engines, strict=True):
+                    blocks.check(one.take_cached_changes(), other.take_cached_changes())
                 for engine in lengths.engines:
                     engine.check_integrity()
         finally:
@@ -171,15 +220,26 @@ class Look:
 looks = st.builds(Look, st.floats(0.0, 1.2), st.booleans())
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["without a prefix cache", "with one"])
 @settings(max_examples=200)
-@given(st.lists(adds, min_size=1, max_size=8), st.lists(looks, max_size=40), st.floats(0.0, 0.5))
-def test_a_run_of_steps_ends_where_single_steps_do(asked: list[Add], watched: list[Look], limit_s: float) -> None:
+@given(
+    asked=st.lists(adds, min_size=1, max_size=8),
+    later=st.lists(adds, max_size=6),
+    watched=st.lists(looks, max_size=40),
+    limit_s=st.floats(0.0, 0.5),
+)
+def test_a_run_of_steps_ends_where_single_steps_do(
+    prefix_cache: bool, asked: list[Add], later: list[Add], watched: list[Look], limit_s: float
+) -> None:
+    """Of those asked for later one comes after each run."""
+
     async def play() -> None:
-        runs, single = length_engine(), length_engine()
-        for pair in (Pair((runs, runs), is_fake=False), Pair((single, single), is_fake=False)):
+        runs, single = length_engine(prefix_cache), length_engine(prefix_cache)
+        pairs = (Pair((runs, runs), is_fake=False), Pair((single, single), is_fake=False))
+        for pair in pairs:
             for add in asked:
                 pair.do(add)
-        now_s, looking = 0.0, iter(watched)
+        now_s, looking, coming = 0.0, iter(watched), iter(later)
         while runs.has_work():
             made = _run_once(runs, now_s, limit_s, looking)
             given, work, at_s = _given([]), NO_WORK, made.start_s
@@ -193,6 +253,11 @@ def test_a_run_of_steps_ends_where_single_steps_do(asked: list[Add], watched: li
             assert made.result.work == work
             assert _given([made.result]) == given
             assert runs.load() == single.load() and runs.requests() == single.requests()
+            assert _gained_and_lost(runs) == _gained_and_lost(single)
+            runs.check_integrity()
+            if (add_now := next(coming, None)) is not None:
+                for pair in pairs:
+                    pair.do(add_now)
             now_s = made.end_s
 
     run_jumping(play())
@@ -223,6 +288,12 @@ def test_what_is_told_later_is_told_once_and_in_time(asked: list[Add], limit_s: 
         assert told == {RequestId(f"r{index}"): add.num_answer for index, add in enumerate(asked)}
 
     run_jumping(play())
+
+
+def _gained_and_lost(engine: LengthEngine) -> object:
+    """What its cache has, of all that it tells of."""
+    told = engine.take_cached_changes()
+    return None if told is None else (dict(told.changes), told.is_anew)
 
 
 def _both(one: StepWork, other: StepWork) -> StepWork:

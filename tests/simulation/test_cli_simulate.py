@@ -85,6 +85,38 @@ def test_two_arms_get_the_same_requests_and_two_runs_say_the_same(tmp_path: Path
     }
 
 
+def test_prefixes_are_cached_where_the_workload_knows_of_any_or_as_one_says(tmp_path: Path) -> None:
+    trace, told_file = tmp_path / "talks.jsonl", tmp_path / "told.json"
+    rows = [
+        {
+            "arrival_s": 0.2 * row,
+            "input_tokens": 1_100,
+            "output_tokens": 5,
+            "hash_ids": [row % 3, 3 + row % 3, 10 + row],
+        }
+        for row in range(80)
+    ]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def found(*words: str) -> tuple[float, str, str]:
+        told = kvferry("compare", "--arm", "ours", *SMALL, *words, "--json", str(told_file))
+        assert told.returncode == 0, told.stderr
+        values = json.loads(told_file.read_text())
+        counts = values["days"][0]["counts"]
+        share = counts["found_tokens"] / counts["prompt_tokens"]
+        assert values["question"]["engine"]["prefix_cache"] == ("keep prefixes of prompts" in told.stderr)
+        return share, told.stdout, told.stderr
+
+    share, shown, said = found("--workload", str(trace))
+    assert share > 0.8 and "cached" in shown and f" {100 * share:.1f} " in shown
+    assert "instances keep prefixes of prompts" in said
+    for words in (("--workload", str(trace), "--no-prefix-cache"), ("--workload", "M-M")):
+        share, _, said = found(*words)
+        assert share == 0 and "instances keep no prefixes" in said
+    share, _, said = found("--workload", "M-M", "--prefix-cache")
+    assert share == 0 and "instances keep prefixes of prompts" in said, "nothing is known of what it shares"
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -189,7 +221,7 @@ def test_a_sweep_tells_each_rate(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(("compare",), ""), (("sweep", "--rate", "5:6:1"), "interrupted after 0 of 14 days")]
+    ("words", "said"), [(("compare",), ""), (("sweep", "--rate", "5:6:1"), "interrupted after 0 of 16 days")]
 )
 def test_ctrl_c_ends_it_and_its_workers(words: tuple[str, ...], said: str) -> None:
     process = subprocess.Popen(

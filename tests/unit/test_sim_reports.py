@@ -49,7 +49,7 @@ def day(arm: str, seed: int = 1, seconds: float = 1.0, rate: float = 2.0, num_fa
         arm=arm,
         seed=seed,
         scores={"": score(seconds, num_failed)},
-        counts=Counts(2, 5, 1, 10**9, 99),
+        counts=Counts(2, 5, 1, 10**9, 99, 1_000, 250),
         virtual_s=60.0,
         requests_per_s=rate,
         fleet=FleetMeasures(7200.0, 2.0, figure(0.01), OUTCOMES, 10**9, figure(0.01), figure(0.1)),
