@@ -218,7 +218,9 @@ class Agent:
                 self._abort(tuple(RequestId(request_id) for request_id in message.request_ids))
             case Subscribe():
                 now_s = self._loop.now_s()
-                self._subscribers.subscribe(message.address, message.lease_s, message.with_requests, now_s)
+                self._subscribers.subscribe(
+                    message.address, message.lease_s, message.with_requests, now_s, message.interval_s
+                )
                 self._cached.subscribe(message.address, message.cached_from)
                 self._heed(message.headroom)
                 self._publish_load()

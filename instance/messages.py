@@ -75,6 +75,8 @@ class Subscribe(msgspec.Struct, frozen=True, tag=True):
     None: it wants none."""
     headroom: Headroom | None = None
     """Of the fleet's levels of priority, from now on. None: this subscriber has no say in it."""
+    interval_s: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+    """Reports need come no more often than that. 0: as often as they are made."""
 
 
 ALL_CACHED = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -100,6 +101,9 @@ class _Subscription:
     with_requests: bool
     last_report_s: float
     last_requests_s: float
+    interval_s: float
+    """Between two load reports."""
+    requests_interval_s: float
 
 
 class Subscribers:
@@ -109,16 +113,18 @@ class Subscribers:
         self._by_address: OrderedDict[str, _Subscription] = OrderedDict()
         self._submits_seen: OrderedDict[str, int] = OrderedDict()
 
-    def subscribe(self, address: str, lease_s: float, with_requests: bool, now_s: float) -> None:
+    def subscribe(
+        self, address: str, lease_s: float, with_requests: bool, now_s: float, interval_s: float = 0.0
+    ) -> None:
+        """`interval_s`: see `Subscribe.interval_s`."""
         expires_s = now_s + min(max(lease_s, 0.0), MAX_LEASE_S)
         known = self._by_address.get(address)
-        if known is None:
-            never_s = now_s - MAX_LEASE_S
-            self._by_address[address] = _Subscription(expires_s, with_requests, never_s, never_s)
-        else:
-            known.expires_s = expires_s
-            known.with_requests = with_requests
-            self._by_address.move_to_end(address)
+        never_s = now_s - MAX_LEASE_S
+        last_s = (never_s, never_s) if known is None else (known.last_report_s, known.last_requests_s)
+        wanted_s = min(interval_s, MAX_LEASE_S)
+        intervals_s = max(REPORT_INTERVAL_S, wanted_s), max(REQUEST_REPORT_INTERVAL_S, wanted_s)
+        self._by_address[address] = _Subscription(expires_s, with_requests, *last_s, *intervals_s)
+        self._by_address.move_to_end(address)
         while len(self._by_address) > MAX_SUBSCRIBERS:
             self._by_address.popitem(last=False)
 
@@ -128,9 +134,9 @@ class Subscribers:
             subscription.last_report_s = now_s
 
     def take_due(self, now_s: float) -> tuple[str, ...]:
-        """Addresses whose last report is REPORT_INTERVAL_S old; each counts as sent to now. Ended leases go."""
+        """Addresses whose last report is as old as they want; each counts as sent to now. Ended leases go."""
         self._drop_ended(now_s)
-        due = [a for a, s in self._by_address.items() if now_s - s.last_report_s >= REPORT_INTERVAL_S - 1e-6]
+        due = [a for a, s in self._by_address.items() if now_s - s.last_report_s >= s.interval_s - 1e-6]
         for address in due:
             self._by_address[address].last_report_s = now_s
         return tuple(due)
@@ -141,7 +147,7 @@ class Subscribers:
         due = [
             address
             for address, s in self._by_address.items()
-            if s.with_requests and now_s - s.last_requests_s >= REQUEST_REPORT_INTERVAL_S - 1e-6
+            if s.with_requests and now_s - s.last_requests_s >= s.requests_interval_s - 1e-6
         ]
         for address in due:
             self._by_address[address].last_requests_s = now_s
@@ -149,20 +155,20 @@ class Subscribers:
 
     def due_in_s(self, now_s: float) -> float:
         """Until `take_due` may find somebody: between MIN_PAUSE_S and REPORT_INTERVAL_S."""
-        last_s = min((s.last_report_s for s in self._by_address.values()), default=now_s)
-        return min(max(last_s + REPORT_INTERVAL_S - now_s, MIN_PAUSE_S), REPORT_INTERVAL_S)
+        due_s = min((s.last_report_s + s.interval_s for s in self._by_address.values()), default=math.inf)
+        return min(max(due_s - now_s, MIN_PAUSE_S), REPORT_INTERVAL_S)
 
     def requests_due_in_s(self, now_s: float) -> float:
         """Until `take_due_requests` may: MIN_PAUSE_S at least; soon, while nobody wants to hear of requests."""
-        wanted_s = [s.last_requests_s for s in self._by_address.values() if s.with_requests]
-        if not wanted_s:
+        due_s = [s.last_requests_s + s.requests_interval_s for s in self._by_address.values() if s.with_requests]
+        if not due_s:
             return REPORT_INTERVAL_S
-        return max(min(wanted_s) + REQUEST_REPORT_INTERVAL_S - now_s, MIN_PAUSE_S)
+        return min(max(min(due_s) - now_s, MIN_PAUSE_S), REQUEST_REPORT_INTERVAL_S)
 
     def make_all_due(self, now_s: float) -> None:
         """A state changed: everyone hears of it at the next turn."""
         for subscription in self._by_address.values():
-            subscription.last_report_s = now_s - REPORT_INTERVAL_S
+            subscription.last_report_s = now_s - subscription.interval_s
 
     def submit_seen(self, gateway_address: str, sequence: int) -> None:
         seen = self._submits_seen.pop(gateway_address, 0)

@@ -58,8 +58,8 @@ class StepTimeParams:
     """Then what was known is scaled to the new speed and keeps this share of its weight."""
     ridge_rows: float = 0.1
     """So many rows' worth does it cost when a coefficient is off its prior by as much as the prior."""
-    solve_each_row_until: int = 12
-    solve_every: int = 16
+    solve_each_row_until: int = 8
+    solve_every: int = 32
     """From then on."""
     min_prior_rows: int = 16
     """Other instances' models are a prior once they rest on so many rows."""

@@ -73,6 +73,8 @@ class LoopParams:
     subscribe_s: float = 1.0
     lease_s: float = 5.0
     """Instances send reports for so long after the last subscription."""
+    max_reports_per_s: float = 2_000.0
+    """Load reports of all instances together; from a fleet of 200 on each sends fewer, but one a tick at least."""
     call_timeout_s: float = 10.0
     migrate_timeout_s: float = 3600.0
     """After this a migration counts as ended with FAULT, its result unknown. Long: the instances end a migration
@@ -328,8 +330,11 @@ class OrchestratorLoop:
 
     def _subscribe_to(self, address: str) -> None:
         """Repeated, so that an instance that missed it hears the headroom of the levels with the next one."""
-        own, lease_s = self._mailbox.address, self._params.lease_s
-        self._mailbox.send(address, Subscribe(own, lease_s, with_requests=True, headroom=self._teller.headroom))
+        own, params = self._mailbox.address, self._params
+        interval_s = min(params.tick_s, len(self._teller.members) / params.max_reports_per_s)
+        headroom = self._teller.headroom
+        subscribe = Subscribe(own, params.lease_s, with_requests=True, headroom=headroom, interval_s=interval_s)
+        self._mailbox.send(address, subscribe)
 
     async def _tick(self) -> None:
         while True:

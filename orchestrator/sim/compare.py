@@ -21,7 +21,7 @@ from orchestrator.sim.arrivals import Arrival
 from orchestrator.sim.asked import Drawn, Wanted
 from orchestrator.sim.catalogue import workload_named
 from orchestrator.sim.day import Day, Played
-from orchestrator.sim.jumping_loop import run_jumping
+from orchestrator.sim.jumping_loop import few_collections, run_jumping
 from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.measures import curves, fleet_measures
 from orchestrator.sim.score import Beside, by_kind, littles_law_gap, num_warm_up
@@ -150,7 +150,8 @@ def played(question: Question, arm: str, seed: int, keeps_journal: bool = False)
         )
         return Played(day, series_of_each(moments), b"" if world.journal is None else world.journal.text())
 
-    return run_jumping(play())
+    with few_collections():
+        return run_jumping(play())
 
 
 def compare(question: Question, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Day]:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 
 from instance.report import REPORT_INTERVAL_S
 
-RUN_S = REPORT_INTERVAL_S
-"""A run of steps takes no longer, one of a single step apart (`host.py`)."""
+RUN_S = 2 * REPORT_INTERVAL_S
+"""A run of steps takes half as long at most, and all is told at the first end of a run that comes half as long after it
+was told last (`host.py`, `runs.py`)."""
 _PER_S = 2_000
 """Buckets a second: quantiles are right to half a millisecond."""
 _NUM_BUCKETS = 2_000

@@ -66,11 +66,10 @@ class Runs:
         return self._run is not None
 
     def begin(self, start_s: float, limit_s: float, skips_empty: bool = True) -> float | None:
-        """Begin a run of as many steps as are alike, until `limit_s` after all was told but for the first. Returns when
-        it ends; None: nothing can be scheduled. `skips_empty`: a step that only preempts takes no time and is none."""
+        """Begin a run of as many steps as are alike, in `limit_s` at most but for the first. Returns when it ends;
+        None: nothing can be scheduled. `skips_empty`: a step that only preempts takes no time and is none."""
         assert self._run is None, "a run is under way"
         self._batch.now_s = start_s
-        limit_s = min(limit_s, max(0.0, self._told_s + limit_s - start_s))
         plan = self._batch.schedule()
         while skips_empty and not plan and self._batch.has_preempted:
             plan = self._batch.schedule()

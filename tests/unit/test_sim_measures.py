@@ -37,13 +37,13 @@ def lived(index: int, ttft_s: float, tpot_s: float, num_tokens: int, error: str 
 def test_the_tokens_of_a_run_lie_evenly_and_a_standstill_is_one_gap() -> None:
     gaps = Gaps()
     assert gaps.add(0.08, 4) == pytest.approx(0.02)
-    assert gaps.add(2.1, 4) == pytest.approx(2.1 - 3 * 0.025)  # before a run of four steps of 25 ms at most
+    assert gaps.add(2.1, 4) == pytest.approx(2.1 - 3 * 0.05)  # before four steps of 50 ms at most
     assert gaps.add(0.3, 1) == 0.3  # a step with a prompt in it
     assert gaps.num == 9 and gaps.mean_s == pytest.approx(2.48 / 9)
     assert gaps.quantile_s(0.4) == pytest.approx(0.02, abs=0.0005)
-    assert gaps.quantile_s(0.7) == pytest.approx(0.025, abs=0.0005)
+    assert gaps.quantile_s(0.7) == pytest.approx(0.05, abs=0.0005)
     assert gaps.quantile_s(0.8) == pytest.approx(0.3, abs=0.0005)
-    assert gaps.quantile_s(1.0) == pytest.approx(2.025)
+    assert gaps.quantile_s(1.0) == pytest.approx(1.95)
     assert math.isnan(Gaps().quantile_s(0.5)) and math.isnan(Gaps().mean_s)
 
 

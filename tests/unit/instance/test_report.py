@@ -16,6 +16,24 @@ from instance.report import (
 from instance.types import NO_WORK, EngineLoad, StepWork, step_work
 
 
+def test_who_wants_reports_less_often_gets_them_less_often_and_news_of_a_state_at_once() -> None:
+    subscribers = Subscribers()
+    subscribers.subscribe("often", 60.0, with_requests=True, now_s=0.0)
+    subscribers.subscribe("seldom", 60.0, with_requests=True, now_s=0.0, interval_s=0.5)
+    heard, heard_of_requests = list[str](), list[str]()
+    now_s = 0.0
+    while now_s < 2.0:
+        heard += subscribers.take_due(now_s)
+        heard_of_requests += subscribers.take_due_requests(now_s)
+        now_s += min(subscribers.due_in_s(now_s), subscribers.requests_due_in_s(now_s))
+    assert (heard.count("often"), heard.count("seldom")) == (20, 4)
+    assert (heard_of_requests.count("often"), heard_of_requests.count("seldom")) == (8, 4)
+    subscribers.make_all_due(now_s)
+    assert subscribers.take_due(now_s) == ("often", "seldom")
+    subscribers.subscribe("seldom", 60.0, with_requests=True, now_s=now_s)
+    assert subscribers.take_due(now_s + 0.11) == ("often", "seldom"), "the last subscription says how often"
+
+
 def test_a_new_subscriber_is_due_at_once_and_then_every_interval() -> None:
     subscribers = Subscribers()
     subscribers.subscribe("a", 5.0, False, now_s=10.0)

@@ -1,0 +1,1 @@
+"""Which experiments of whose papers are done again here?"""
