@@ -230,6 +230,8 @@ def test_ctrl_c_ends_it_and_its_workers(words: tuple[str, ...], said: str) -> No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job, and so these tests in one, has SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it takes no lock
     )
     try:
         while len(group_of(process.pid)) < 2 and process.poll() is None:

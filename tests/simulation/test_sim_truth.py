@@ -65,7 +65,8 @@ def test_a_day_is_foretold_from_another_one(tmp_path: Path) -> None:
     run, journal = lived_there("A", TRUE, FITTED_TO)
     (tmp_path / "journal").write_bytes(journal)
     twin = twin_of([run], tmp_path / "journal", 1)
-    assert twin.params.front_end_s == pytest.approx(TRUE.front_end_s, rel=0.05)
+    # The way there and back is in it: a message takes between one latency and two.
+    assert TRUE.front_end_s <= twin.params.front_end_s <= TRUE.front_end_s + 4 * TRUE.latency_s
     other, others_journal = lived_there("B", TRUE, FORETOLD)
     (tmp_path / "other").write_bytes(others_journal)
     off = errors(told([simulated(other.requests, twin.params)]), told([other.requests]))

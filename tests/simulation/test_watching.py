@@ -38,7 +38,8 @@ def test_gaps_losses_and_downtimes_add_up_to_what_clients_saw() -> None:
     assert sum(loss.num_preemptions for loss in losses.values()) == counts.preemptions > 10
     assert not world.losses.is_any_open
     stood_still = [one for one in lived if (loss := losses.get(one.request_id)) and loss.num_preemptions == 1]
-    waited = [one for one in stood_still if one.longest_gap_s > losses[one.request_id].seconds - RUN_S]
+    # What it had got when it was preempted may be told a run later, and a gap may be found too short by as much.
+    waited = [one for one in stood_still if one.longest_gap_s > losses[one.request_id].seconds - 2 * RUN_S]
     # One that had no token yet, or was preempted while it was computed, shows it in its first one.
     assert all(one.ttft_s > losses[one.request_id].seconds for one in stood_still if one not in waited)
     assert len(waited) > 5
