@@ -30,7 +30,7 @@ from bench.sheet import result_of, show, table_of
 from orchestrator.config import data_folder
 from orchestrator.sim.arms import ARMS
 from orchestrator.sim.arrivals import Lived
-from orchestrator.sim.compare import Question
+from orchestrator.sim.compare import MAX_LAW_GAP, Question
 from orchestrator.sim.jumping_loop import few_collections, run_jumping
 from orchestrator.sim.lengths import LengthConfig
 from orchestrator.sim.score import littles_law_gap, score
@@ -43,7 +43,6 @@ QUICK_NUM_REQUESTS, QUICK_LARGE, QUICK_SMALL = 2_000, 32, 8
 MODEL = "llama2-7b/a100-80g/tp1"
 ENGINE = LengthConfig(num_blocks=6_700, max_model_len=16_384)
 """107,000 tokens: 0.9 of 80 GB less the weights and what a step needs, at 512 KiB a token."""
-MAX_LAW_GAP = 1e-6
 GIB = float(2**30)
 
 

@@ -18,6 +18,7 @@ SUITES = ("paper",)
 def play(name: str, num_requests: int | None, out: Path | None) -> None:
     """Raises ConfigError for no such suite."""
     from orchestrator.sim.compare import live_all  # noqa: PLC0415
+    from orchestrator.sim.result import without_nan  # noqa: PLC0415
     from orchestrator.sim.suite import NUM_REQUESTS, Lasted, Told, jobs  # noqa: PLC0415
     from orchestrator.sim.suite_sheets import suite_sheets  # noqa: PLC0415
 
@@ -43,7 +44,7 @@ def play(name: str, num_requests: int | None, out: Path | None) -> None:
                 "arm": one.asked.arm,
                 "seed": one.day.seed,
                 "requests_per_s": one.day.requests_per_s,
-                "scores": _finite(msgspec.to_builtins(one.day.scores)),
+                "scores": without_nan(msgspec.to_builtins(one.day.scores)),
                 "counts": msgspec.to_builtins(one.day.counts),
                 "mean_instances": one.day.fleet.mean_instances,
                 "fragmentation": one.day.fleet.fragmentation.mean,
@@ -53,10 +54,3 @@ def play(name: str, num_requests: int | None, out: Path | None) -> None:
         ]
         text = json.dumps({"suite": name, "requests": count, "figures": figures, "days": days}, allow_nan=False)
         told.write("--json", out, text + "\n")
-
-
-def _finite(value: object) -> object:
-    """JSON has no NaN: a day too short for an interval, or of requests of one token."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

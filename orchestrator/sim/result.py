@@ -34,7 +34,7 @@ class Result:
 def as_json(question: Mapping[str, Any], days: Sequence[Day], instances: Sequence[InstanceSeries] = ()) -> str:
     """One line, the same for the same days."""
     result = msgspec.to_builtins(Result(list(days), dict(question), list(instances)))
-    return json.dumps(_mapped(result, _as_null), allow_nan=False, separators=(",", ":")) + "\n"
+    return json.dumps(without_nan(result), allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def from_json(text: str | bytes) -> Result:
@@ -49,6 +49,11 @@ def from_json(text: str | bytes) -> Result:
     if not result.days:
         raise ValueError("it holds no simulated days")
     return result
+
+
+def without_nan(value: Any) -> Any:
+    """The same values for JSON: what is not a finite number is null."""
+    return _mapped(value, _as_null)
 
 
 def _mapped(value: Any, change: Any) -> Any:

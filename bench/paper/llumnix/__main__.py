@@ -37,7 +37,7 @@ def played(num_requests: int) -> dict[str, Any]:
     """As the file of the command line, as far as this bench reads it."""
     asked = jobs(num_requests)
     days = [Lasted(one, day) for one, day in zip(asked, live_all([one.job for one in asked]), strict=True)]
-    rows = [_row(one.asked.part, one.asked.row, one.asked.arm, one) for one in days]
+    rows = [_of_day(one.asked.part, one.asked.row, one.asked.arm, one.day) for one in days]
     return {"figures": Told(days).figures(), "days": rows}
 
 
@@ -49,10 +49,6 @@ def baselines(num_requests: int) -> list[Row]:
         named += [(name, (question, arm, 1)) for arm in arms]
     days = live_all([job for _, job in named])
     return [_of_day("serving", name, job[1], day) for (name, job), day in zip(named, days, strict=True)]
-
-
-def _row(part: str, row: str, arm: str, lasted: Lasted) -> Row:
-    return _of_day(part, row, arm, lasted.day)
 
 
 def _of_day(part: str, row: str, arm: str, day: Any) -> Row:
