@@ -36,6 +36,9 @@ class FakeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     movable: bool = True
     ready_polls: int = 0
     """So many times the destination says "not yet" before it could commit it (a grammar that compiles)."""
+    arrived_s: float = 0.0
+    """By whatever clock all who submit share (vLLM's `arrival_time`): queues are in its order, also after a move. Those
+    that came at once are in the order in which the engine got them."""
 
 
 class FakeMove(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -71,9 +71,9 @@ class Sequence:
         return len(self.tokens) - self.has_output_in_flight
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Urgent first: a lower priority number, then earlier arrival; arrivals are unique."""
-        return (self.priority, self.arrival)
+    def rank(self) -> tuple[int, float, int]:
+        """Urgent first: a lower priority number, then earlier arrival, wherever that was; then who came here first."""
+        return (self.priority, self.request.arrived_s, self.arrival)
 
 
 class FakeScheduler:

@@ -42,7 +42,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     tpot_s: Span | None = None
     """Target: mean time of each further token."""
     waited_s: Span = 0.0
-    """Since its arrival at the gateway, when this was sent. Only told with targets."""
+    """Since its arrival at the gateway, when this was sent."""
 
 
 class SubmitAnswer(msgspec.Struct, frozen=True, tag=True):
@@ -215,8 +215,8 @@ class RequestLoad(msgspec.Struct, frozen=True, array_like=True):
     """Its targets, as in `Submit`."""
     tpot_s: float | None = None
     waited_s: float = 0.0
-    """Since its arrival at the gateway, when it came to this instance: with `arrived_s` all its life. It does not
-    change here, so that a journal says it once. Only told with targets."""
+    """Since its arrival at the gateway, when it came to this instance: with `arrived_s` all its life, by which queues
+    are in order. It does not change here, so that a journal says it once."""
 
 
 class RequestReport(msgspec.Struct, frozen=True, tag=True):

@@ -21,10 +21,8 @@ class _Stream:
     wishes: Wishes | None
 
 
-def wishes_of(submit: Submit) -> Wishes | None:
-    """What a request wants of its speed as it comes; None: nothing."""
-    if submit.ttft_s is None and submit.tpot_s is None:
-        return None
+def wishes_of(submit: Submit) -> Wishes:
+    """What a request wants of its speed as it comes, and how long it has waited by then."""
     return Wishes(submit.ttft_s, submit.tpot_s, submit.waited_s)
 
 
@@ -65,7 +63,7 @@ class StreamTable:
         return 0.0 if stream is None else (round(now_s * 1000) - round(stream.opened_s * 1000)) / 1000
 
     def wishes(self, request_id: RequestId) -> Wishes | None:
-        """As they were when it came; None: it has none."""
+        """As they were when it came; None: they are not known."""
         stream = self._streams.get(request_id)
         return None if stream is None else stream.wishes
 

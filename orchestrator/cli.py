@@ -113,7 +113,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
     margin_steps: Annotated[
         float | None, _option("Decode steps by which a move must pay.", "MARGIN_STEPS", 64, _TUNING)
     ] = None,
-    rest_s: Annotated[float | None, _option("Seconds a moved request rests.", "REST_S", 10, _TUNING)] = None,
+    rest_s: Annotated[float | None, _option("Seconds a moved request rests.", "REST_S", 1, _TUNING)] = None,
     max_migrations: Annotated[
         int | None, _option("At once, in and out per instance.", "MAX_MIGRATIONS", 2, _TUNING)
     ] = None,

@@ -90,7 +90,7 @@ class ServeConfig:
     tick_s: float = 0.5
     threshold_steps: float = 512.0
     margin_steps: float = 64.0
-    rest_s: float = 10.0
+    rest_s: float = 1.0
     max_migrations: int = 2
     autoscale: bool = False
     autoscale_min: int = 1

@@ -375,7 +375,7 @@ class Orchestrator:
             self._instances[record.source.instance].learn_copy_time(event.figures)
         self._drain_rests.rest(record.request_id, now_s + self._params.drain.retry_s)
         self._request_rests.rest(record.request_id, now_s + self._params.rebalance.rest_s)
-        if event.outcome is not Outcome.COMMITTED:
+        if event.outcome not in view.NOT_OF_THE_PAIR:
             pair = (record.source.instance, record.destination.instance)
             self._pair_rests.rest(pair, now_s + self._params.rebalance.pair_rest_s)
         effects: list[Effect] = [Answer(record.token, MigrationFinished(ended))] if record.token is not None else []

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from instance.lifecycle import State
 from instance.messages import RequestLoad
-from migration.types import Incarnation, InstanceId, RequestId
+from migration.types import Incarnation, InstanceId, Outcome, RequestId
 from orchestrator.counting import after_moves
 from orchestrator.effects import Member, Refused, UpdateMembers
 from orchestrator.errors import RefusalKind
@@ -31,6 +31,8 @@ from orchestrator.state import (
 _SERVING, _SERVING_WORD = State.SERVING, State.SERVING.value
 _MAX_NAMED = 5
 """Alternatives spelled out in a refusal."""
+NOT_OF_THE_PAIR = {Outcome.COMMITTED, Outcome.FINISHED_AT_SOURCE, Outcome.ABORTED_BY_CLIENT, Outcome.PREEMPTED}
+"""Ends of a migration that say nothing against the next one from the same source to the same destination."""
 
 Since = tuple[tuple[InstanceView, ...], tuple[Move, ...]]
 """Views made earlier at the same time, and the moves that have begun since."""

@@ -133,7 +133,7 @@ class Flight:
             payload=request.payload if self.attempt == 1 else request.payload_as(self.wire_id),
             ttft_s=targets.ttft_s,
             tpot_s=targets.tpot_s,
-            waited_s=min(MAX_SPAN_S, max(0.0, self.sent_s - self.arrived_s)) if targets else 0.0,
+            waited_s=min(MAX_SPAN_S, max(0.0, round(self.sent_s - self.arrived_s, 3))),
         )
 
 

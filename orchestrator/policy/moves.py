@@ -186,12 +186,12 @@ def after_leaving_queue(load: LoadReport, request: RequestLoad, others: Iterable
     """The load once a request that waits there is gone. `others` wait beside it, as far as they are known: the next of
     them is the head of the queue, if this one was."""
     num_waiting = max(0, load.num_waiting - 1)
-    waiting_blocks = max(0, load.waiting_blocks - _blocks_missing(request, load.block_size)) if num_waiting else 0
+    waiting_blocks = max(0, load.waiting_blocks - blocks_missing(request, load.block_size)) if num_waiting else 0
     head_blocks = min(load.head_of_line_blocks, waiting_blocks)
     first = min(others, key=queue_order, default=None)
     if num_waiting and first is not None:
         was_head = queue_order(request) < queue_order(first)
-        head_blocks = _blocks_missing(first, load.block_size) if was_head else load.head_of_line_blocks
+        head_blocks = blocks_missing(first, load.block_size) if was_head else load.head_of_line_blocks
     return msgspec.structs.replace(
         load,
         free_blocks=min(load.total_blocks, load.free_blocks + request.num_blocks),
@@ -201,5 +201,5 @@ def after_leaving_queue(load: LoadReport, request: RequestLoad, others: Iterable
     )
 
 
-def _blocks_missing(request: RequestLoad, block_size: int) -> int:
+def blocks_missing(request: RequestLoad, block_size: int) -> int:
     return blocks_wanted(request, block_size) - request.num_blocks

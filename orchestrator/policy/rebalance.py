@@ -44,9 +44,9 @@ class RebalanceParams:
     short, those that are worst off are still relieved by the others."""
     margin_steps: float = 64.0
     """By so much must the destination be freer than the source, before and after the move."""
-    rest_s: float = 10.0
+    rest_s: float = 1.0
     """A moved request stays where it is for so long."""
-    pair_rest_s: float = 5.0
+    pair_rest_s: float = 1.0
     """After a refusal this source asks this destination no more for so long."""
     max_moves: int = 8
     """Moves proposed in one tick."""
@@ -183,7 +183,7 @@ class _Plan:
             return None
         candidates: list[RequestLoad] | None = None
         for destination in self._asked(source, smallest):
-            candidates = candidates or sorted(movable, key=_order)
+            candidates = candidates or in_order(source.load, movable)
             for request in candidates:
                 gain = _gain(source, destination, request, self._params)
                 if gain is not None:
@@ -266,9 +266,26 @@ def _kept_clear_for(load: LoadReport, params: RebalanceParams) -> int | None:
     return params.load.kept_clear_for(load.running_by_priority)
 
 
-def _order(request: RequestLoad) -> tuple[int, int, str]:
-    """Lower priority first (vLLM: the higher number), then shorter, then by name."""
+def in_order(load: LoadReport, requests: list[RequestLoad]) -> list[RequestLoad]:
+    """Lower priority first (vLLM: the higher number), then shorter, then by name.
+
+    Where the head of the queue does not fit, first those whose leaving alone makes room for it, the smallest of them
+    first, then the others, the largest first: so it begins after as few moves, and as small ones, as can be.
+    """
+    missing = load.head_of_line_blocks - load.free_blocks
+    if missing <= 0:
+        return sorted(requests, key=_shortest_first)
+    return sorted(requests, key=lambda one: _room_first(one, missing))
+
+
+def _shortest_first(request: RequestLoad) -> tuple[int, int, str]:
     return (-request.priority, request.num_prompt_tokens + request.num_output_tokens, request.request_id)
+
+
+def _room_first(request: RequestLoad, missing_blocks: int) -> tuple[int, bool, int, str]:
+    is_enough = request.num_blocks >= missing_blocks
+    size = request.num_blocks if is_enough else -request.num_blocks
+    return (-request.priority, not is_enough, size, request.request_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Which waiting request should begin elsewhere? One of a queue that cannot move on, where another instance has room.
 
 Nothing is copied of a request that holds no blocks: its move costs a few messages, and it begins at once. So this is
-asked before running requests move. Whoever it goes to has nobody waiting, and keeps a margin when it has begun there:
-no move is worth undoing. Those that send have a queue and those that receive have none, so no instance does both.
+asked before running requests move. Engines keep their queues by arrival, wherever that was. So it begins there before
+all that have come later and wait there for more room; what has come earlier must have room beside it. In one plan no
+instance both sends and receives.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import bisect
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from instance.headroom import kept_from
 from instance.messages import LoadReport, RequestLoad
@@ -20,6 +22,7 @@ from orchestrator.policy.moves import (
     Move,
     after_joining,
     after_leaving_queue,
+    blocks_missing,
     blocks_wanted,
     is_queued,
     move_of,
@@ -69,25 +72,49 @@ class _Source:
         self.slots_out -= 1
 
 
+_Order = tuple[int, float, str]
+"""Place in a queue, as `queue_order` has it."""
+
+
 @dataclass(slots=True, eq=False)
 class _Destination:
     view: InstanceView
     load: LoadReport
     slots_in: int
     spare: int = 0
-    """Blocks free of virtual usage now."""
+    """Blocks free of what is kept free now; what waits there is not taken off."""
     levels: frozenset[Level] = frozenset()
     """That run there and have headroom."""
+    queue: list[_Order] | None = None
+    """Of those that wait there, as far as they are known; None: nobody has asked yet."""
+    blocks_before: list[int] = field(default_factory=list)
+    """What they lack, summed up to each of them, and to the end; with what those lack that are not known."""
 
     def can_take(self) -> bool:
-        load = self.load
-        has_slot = load.num_running < load.max_running or not load.max_running
-        return self.slots_in > 0 and load.num_waiting == 0 and has_slot
+        return self.slots_in > 0 and (self.load.num_running < self.load.max_running or not self.load.max_running)
+
+    def ahead_of(self, order: _Order) -> tuple[int, int]:
+        """(requests, blocks they lack) that would wait there before it. Whoever is not known counts as before it."""
+        if self.load.num_waiting == 0:
+            return 0, 0
+        if self.queue is None:
+            self._look_at_queue()
+        queue = self.queue or []
+        at = bisect.bisect_left(queue, order)
+        return at + max(0, self.load.num_waiting - len(queue)), self.blocks_before[at]
+
+    def _look_at_queue(self) -> None:
+        size = self.load.block_size
+        waiting = sorted((queue_order(one), blocks_missing(one, size)) for one in self.view.requests if is_queued(one))
+        self.queue = [order for order, _ in waiting]
+        known = [0, *accumulate(blocks for _, blocks in waiting)]
+        unknown = max(0, max(self.load.waiting_blocks, self.load.head_of_line_blocks) - known[-1])
+        self.blocks_before = [blocks + unknown for blocks in known]
 
 
-_Filed = tuple[float, InstanceId, int, _Destination]
-"""(minus the blocks that may come, name, blocks to spare there for that level): names differ, so that sides are never
-compared."""
+_Filed = tuple[int, InstanceId, int, _Destination]
+"""(minus the blocks that may come if nobody waits there, name, blocks to spare there for that level): names differ, so
+that sides are never compared."""
 
 
 class _Plan:
@@ -102,12 +129,13 @@ class _Plan:
         self._taken: set[str] = set(resting.requests)
         self._headroom = {rank: blocks for rank, blocks in params.load.headroom_blocks if blocks > 0}
         self._levels: dict[int, Level] = {}
-        self._sources = [_as_source(_Source(view, view.load, view.slots_out)) for view in blocked]
+        sources = (_Source(view, view.load, view.slots_out) for view in blocked)
+        self._sources = [filed for source in sources if (filed := _as_source(source)) is not None]
         heapq.heapify(self._sources)
+        self._gave: set[InstanceId] = set()
+        self._took: set[InstanceId] = set()
         sides = [
-            _Destination(view, view.load, view.slots_in)
-            for view in views
-            if view.load.num_waiting == 0 and view.slots_in > 0 and not view.draining
+            _Destination(view, view.load, view.slots_in) for view in views if view.slots_in > 0 and not view.draining
         ]
         self._destinations = [side for side in sides if side.can_take()]
         for side in self._destinations:
@@ -118,12 +146,16 @@ class _Plan:
         moves: list[Move] = []
         while len(moves) < self._params.max_moves and self._sources and self._filed(None):
             _, _, source = heapq.heappop(self._sources)
+            if source.view.instance in self._took:
+                continue
             found = self._best(source)
             if found is None:
                 continue  # nobody will have more room for it in this plan
             moves.append(self._book(source, *found))
             if source.slots_out > 0 and source.load.num_waiting > 0 and self._why_blocked(source):
-                heapq.heappush(self._sources, _as_source(source))
+                filed = _as_source(source)
+                if filed is not None:
+                    heapq.heappush(self._sources, filed)
         return tuple(moves)
 
     def _why_blocked(self, source: _Source) -> str:
@@ -133,12 +165,12 @@ class _Plan:
     def _best(self, source: _Source) -> tuple[RequestLoad, _Destination, float] | None:
         """The first of the queue that may go somewhere, where most is left after it, and how many steps that is."""
         size, taken, room = source.load.block_size, self._taken, self._room(source, None)
-        most_tokens = (room + 1) * size
+        most_tokens = room * size
         candidates = [
             one
             for one in source.queue()
             if one.num_prompt_tokens <= most_tokens  # most requests that are too large are so by their prompt
-            and blocks_wanted(one, size) <= room + 1
+            and blocks_wanted(one, size) <= room
             and one.movable
             and one.request_id not in taken
             and outlives_its_copy(source.view, one)
@@ -153,22 +185,27 @@ class _Plan:
         return None
 
     def _room(self, source: _Source, level: Level) -> float:
-        """Blocks of the largest request of that level that may go anywhere, give or take what is lost by rounding. A
-        level with headroom has no more of it than one without."""
-        return next((-one[0] for one in self._filed(level) if not self._rests(source, one[1])), -2.0)
+        """Blocks of the largest request of that level that may go anywhere, or more. A level with headroom has no more
+        room than one without."""
+        return next((-one[0] for one in self._filed(level) if not self._rests(source, one[1])), -1)
 
     def _rests(self, source: _Source, name: InstanceId) -> bool:
-        return (source.view.instance, name) in self._resting.pairs
+        here = source.view.instance
+        return name == here or name in self._gave or (here, name) in self._resting.pairs
 
     def _freest_after(self, source: _Source, request: RequestLoad) -> tuple[_Destination, float] | None:
-        num_blocks, margin = blocks_wanted(request, source.load.block_size), self._params.margin_steps
+        num_blocks, order = blocks_wanted(request, source.load.block_size), queue_order(request)
         best: tuple[float, InstanceId, _Destination] | None = None
         for minus_most, name, spare, side in self._filed(self._level(request.priority)):
-            if 1 - minus_most < num_blocks:
+            if -minus_most < num_blocks:
                 break
-            left = steps_left(spare - num_blocks, side.load.num_running + 1, side.load.block_size)
-            is_better = left >= margin and (best is None or (-left, name) < best[:2])
-            if is_better and not self._rests(source, name):
+            num_ahead, blocks_ahead = side.ahead_of(order)
+            if num_blocks + blocks_ahead > -minus_most or self._rests(source, name):
+                continue
+            if side.load.num_running + num_ahead >= side.load.max_running > 0:
+                continue
+            left = steps_left(spare - blocks_ahead - num_blocks, side.load.num_running + 1, side.load.block_size)
+            if best is None or (-left, name) < best[:2]:
                 best = (-left, name, side)
         return None if best is None else (best[2], -best[0])
 
@@ -180,11 +217,11 @@ class _Plan:
         return self._levels[priority]
 
     def _look(self, side: _Destination) -> None:
-        """After each change of its load. Without levels its steps left say all there is."""
+        """After each change of its load."""
         running = side.load.running_by_priority if self._headroom else ()
         side.levels = frozenset(self._level(priority) for priority, num in running if num > 0) - {None}
         kept = sum(self._headroom[level] for level in side.levels if level is not None)
-        side.spare = side.load.free_blocks - side.load.head_of_line_blocks - kept
+        side.spare = side.load.free_blocks - kept
 
     def _filed(self, level: Level) -> list[_Filed]:
         if level not in self._by_level:
@@ -196,8 +233,7 @@ class _Plan:
         spare = side.spare
         if level is not None and level not in side.levels:
             spare -= self._headroom[level]
-        kept_blocks = self._params.margin_steps * (side.load.num_running + 1) / max(1, side.load.block_size)
-        return (kept_blocks - spare, side.view.instance, spare, side)
+        return (side.load.num_running + 1 - spare, side.view.instance, spare, side)
 
     # ---- what it makes of both
     def _book(self, source: _Source, request: RequestLoad, there: _Destination, left: float) -> Move:
@@ -218,14 +254,16 @@ class _Plan:
             if there.can_take() and renewed[0] <= 0:
                 bisect.insort(filed, renewed)
         source.send(request)
+        self._gave.add(source.view.instance)
+        self._took.add(there.view.instance)
         self._taken.add(request.request_id)
         return move_of(request, source.view, there.view, reason)
 
 
-def _as_source(source: _Source) -> tuple[int, InstanceId, _Source]:
-    """The one with the most blocks short first."""
-    load = source.load
-    return (load.free_blocks - max(load.waiting_blocks, load.head_of_line_blocks), source.view.instance, source)
+def _as_source(source: _Source) -> tuple[_Order, InstanceId, _Source] | None:
+    """The one whose first request is the most urgent first, and has lived longest; None: nothing is known to wait."""
+    first = min(map(queue_order, source.queue()), default=None)
+    return None if first is None else (first, source.view.instance, source)
 
 
 def _may_be_blocked(load: LoadReport, most_kept: int) -> bool:

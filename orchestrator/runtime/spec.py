@@ -71,7 +71,7 @@ class OrchestratorSpec(msgspec.Struct, frozen=True):
     rebalance: bool = True
     threshold_steps: float = 512.0
     margin_steps: float = 64.0
-    rest_s: float = 10.0
+    rest_s: float = 1.0
     max_migrations: int = 2
     """In and out per instance."""
     priority_levels: str = DEFAULT_LEVELS

@@ -100,7 +100,8 @@ class Clients:
     def _submit(self, request_id: RequestId, arrival: Arrival) -> None:
         gateway = self._gateways[arrival.index % len(self._gateways)]
         ids = arrival.prefix_ids if self._engine.prefix_cache else ()
-        payload = encode(Ask(arrival.num_prompt, arrival.num_answer, arrival.max_tokens, prefix_ids=ids))
+        lengths = (arrival.num_prompt, arrival.num_answer, arrival.max_tokens)
+        payload = encode(Ask(*lengths, prefix_ids=ids, arrived_s=self._loop.time()))
         gateway.submit(
             Outgoing(
                 request_id=request_id,

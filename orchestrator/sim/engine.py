@@ -54,6 +54,8 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     movable: bool = True
     prefix_ids: tuple[int, ...] = ()
     """See `Arrival`; only where engines cache prefixes."""
+    arrived_s: float = 0.0
+    """When it was sent: queues are in this order, also after a move (vLLM's `arrival_time`)."""
 
 
 class _Moved(msgspec.Struct, frozen=True):
@@ -329,6 +331,7 @@ class LengthEngine:
             blocks=blocks,
             num_told=moved.num_output,
             chain=chain,
+            arrived_s=ask.arrived_s,
         )
         self.batch.sequences[request_id] = sequence
         self.batch.put_back(sequence)
@@ -349,7 +352,8 @@ class LengthEngine:
 
 def _moved(sequence: Sequence, computed: int) -> _Moved:
     ids = () if sequence.chain is None else sequence.chain.ids
-    ask = Ask(sequence.num_prompt, sequence.num_answer, sequence.max_tokens, sequence.movable, ids)
+    of_ask = (sequence.num_prompt, sequence.num_answer, sequence.max_tokens, sequence.movable)
+    ask = Ask(*of_ask, ids, sequence.arrived_s)
     return _Moved(ask, sequence.external_id, sequence.priority, sequence.num_output, computed, sequence.num_preemptions)
 
 

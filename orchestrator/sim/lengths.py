@@ -60,6 +60,8 @@ class Sequence:
     status: RequestStatus = RequestStatus.WAITING
     chain: Chain | None = None
     """None: there is no prefix cache."""
+    arrived_s: float = 0.0
+    """At its first instance, by the clock of whoever sent it."""
 
     @property
     def num_output(self) -> int:
@@ -70,9 +72,9 @@ class Sequence:
         return self.tokens - self.num_prompt >= self.num_answer
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """Urgent first: a lower priority number, then earlier arrival; arrivals are unique."""
-    return (sequence.priority, sequence.arrival)
+def _rank(sequence: Sequence) -> tuple[int, float, int]:
+    """Urgent first: a lower priority number, then earlier arrival, wherever that was; then who came here first."""
+    return (sequence.priority, sequence.arrived_s, sequence.arrival)
 
 
 @dataclass(slots=True)

@@ -51,6 +51,29 @@ class MigrationContract:
         pair.finish(pair.second, request)
         assert pair.tokens(request) == expected
 
+    @pytest.mark.parametrize("is_earlier", [True, False])
+    def test_a_waiting_request_keeps_its_place_by_arrival_among_those_that_wait_there(
+        self, pair: EnginePair, is_earlier: bool
+    ) -> None:
+        """It was sent to the other engine before, or after, what waits there."""
+        share, size = a_large_share_of(pair.second), pair.second.facts.block_size
+        running = [pair.add(pair.second, Shape(share - 1, 30, prompt_key=840 + i)) for i in range(2)]
+        for other in running:
+            pair.decode_until(pair.second, other, 1)
+        there_shape, moved_shape = Shape(share - 1, 5, prompt_key=843), Shape(share - size - 1, 5, prompt_key=844)
+        if is_earlier:
+            moved, there = pair.add(pair.first, moved_shape), pair.add(pair.second, there_shape)
+        else:
+            there, moved = pair.add(pair.second, there_shape), pair.add(pair.first, moved_shape)
+        assert pair.second.load().head_of_line_blocks == share // size
+        pair.ferry(moved, pair.first, pair.second, without_kv=True)
+        assert pair.second.load().num_waiting == 2
+        assert pair.second.load().head_of_line_blocks == share // size - is_earlier
+        first, last = (moved, there) if is_earlier else (there, moved)
+        pair.step_until(pair.second, lambda: len(pair.tokens(first)) > 0)
+        assert not pair.tokens(last)
+        pair.finish(pair.second, moved, there, *running)
+
     def test_a_request_moves_without_its_blocks_and_is_computed_again(self, pair: EnginePair) -> None:
         shape = Shape(75, 30, prompt_key=82)
         expected = pair.run_alone(pair.first, shape)

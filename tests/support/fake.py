@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from instance.fake import FakeEngine
@@ -44,7 +45,7 @@ class FakeKit:
             priority=shape.priority,
             num_prompt_tokens=shape.num_prompt_tokens,
             max_tokens=shape.max_tokens,
-            payload=encode_fake(FakeRequest(prompt_of(shape), shape.max_tokens)),
+            payload=encode_fake(FakeRequest(prompt_of(shape), shape.max_tokens, arrived_s=time.time())),
         )
 
     def close(self) -> None:

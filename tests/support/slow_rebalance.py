@@ -104,7 +104,7 @@ def _best_move(
             and RequestId(request.request_id) not in taken
             and outlives_its_copy(source.view, request)
         ),
-        key=_order,
+        key=lambda request: _order(request, source.load.head_of_line_blocks - source.load.free_blocks),
     )
     clear_for = _kept_clear_for(source, params)
     if clear_for is not None:
@@ -135,9 +135,14 @@ def _kept_clear_for(source: _Side, params: RebalanceParams) -> int | None:
     return min(with_headroom, default=None)
 
 
-def _order(request: RequestLoad) -> tuple[int, int, str]:
-    """Lower priority first (vLLM: the higher number), then shorter, then by name."""
-    return (-request.priority, request.num_prompt_tokens + request.num_output_tokens, request.request_id)
+def _order(request: RequestLoad, missing_blocks: int) -> tuple[int, int, int, str]:
+    """Lower priority first (vLLM: the higher number), then shorter, then by name. Where the head of the queue lacks
+    blocks, those that free enough for it, the smallest first, then the others, the largest first."""
+    if missing_blocks <= 0:
+        return (-request.priority, 0, request.num_prompt_tokens + request.num_output_tokens, request.request_id)
+    if request.num_blocks >= missing_blocks:
+        return (-request.priority, 0, request.num_blocks, request.request_id)
+    return (-request.priority, 1, -request.num_blocks, request.request_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,17 @@
 """Which waiting request should begin elsewhere? `plan_requeue`, written out: all is looked at anew for every move.
 
 A queue is blocked where its head does not fit, or nothing more may run, or a more urgent level that runs there would
-lack headroom beside it. Of what waits there, the first that has somewhere to go goes to the instance that has the most
-decode steps left with it; one where nobody waits, and which keeps the margin.
+lack headroom beside it. The queue whose first has lived longest is looked at first (but for urgency). Of what waits
+there, the first that has somewhere to go goes to the instance that has the most decode steps left with it: one where it
+begins at once, beside all that wait there and have lived longer, and each that runs then has a block more to grow into.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+import msgspec
 
 from instance.messages import LoadReport, RequestLoad
 from migration.types import RequestId
@@ -36,11 +40,29 @@ class _Side:
 
     def queue(self) -> list[RequestLoad]:
         waiting = [one for one in self.view.requests if one.status in ("waiting", "preempted")]
-        waiting.sort(key=lambda one: (one.priority, -one.waited_s - one.arrived_s, one.request_id))
+        waiting.sort(key=_place)
         return [one for one in waiting if one.request_id not in self.gone]
 
-    def short(self) -> int:
-        return max(self.load.waiting_blocks, self.load.head_of_line_blocks) - self.load.free_blocks
+    def first(self) -> tuple[int, float, str]:
+        queue = self.queue()
+        return _place(queue[0]) if queue else (0, math.inf, "")
+
+    def ahead_of(self, request: RequestLoad) -> tuple[int, int]:
+        """(requests, blocks they lack); those that are not known are before it."""
+        if not self.load.num_waiting:
+            return 0, 0
+        known = [one for one in self.view.requests if one.status in ("waiting", "preempted")]
+        before = [one for one in known if _place(one) < _place(request)]
+        blocks = max(self.load.waiting_blocks, self.load.head_of_line_blocks) - sum(map(self._lacks, known))
+        num = max(0, self.load.num_waiting - len(known))
+        return len(before) + num, sum(map(self._lacks, before)) + max(0, blocks)
+
+    def _lacks(self, request: RequestLoad) -> int:
+        return blocks_wanted(request, self.load.block_size) - request.num_blocks
+
+
+def _place(request: RequestLoad) -> tuple[int, float, str]:
+    return (request.priority, -request.waited_s - request.arrived_s, request.request_id)
 
 
 def plan_requeue(views: tuple[InstanceView, ...], resting: Resting, params: RebalanceParams) -> tuple[Move, ...]:
@@ -59,7 +81,7 @@ def plan_requeue(views: tuple[InstanceView, ...], resting: Resting, params: Reba
 
 
 def _next(sides: list[_Side], resting: Resting, params: RebalanceParams) -> Move | None:
-    for source in sorted(sides, key=lambda side: (-side.short(), side.view.instance)):
+    for source in sorted(sides, key=lambda side: (side.first(), side.view.instance)):
         if source.has_taken or source.slots_out <= 0 or why_blocked(source.load, source.queue(), params.load) is None:
             continue
         for request in source.queue():
@@ -68,12 +90,13 @@ def _next(sides: list[_Side], resting: Resting, params: RebalanceParams) -> Move
             if not outlives_its_copy(source.view, request):
                 continue
             able = [
-                (steps_after(side.load, request, params), side)
+                (steps_after(side.load, request, params, side.ahead_of(request)[1]), side)
                 for side in sides
-                if not side.has_given
+                if side is not source
+                and not side.has_given
                 and side.slots_in > 0
                 and (source.view.instance, side.view.instance) not in resting.pairs
-                and takes(side.load, request, params)
+                and takes(side.load, request, params, *side.ahead_of(request))
             ]
             if able:
                 left, there = min(able, key=lambda option: (-option[0], option[1].view.instance))
@@ -104,19 +127,16 @@ def headroom_above(load: LoadReport, priority: int, levels: LoadParams) -> int:
     return sum(blocks for rank, blocks in levels.headroom_blocks if rank in running and (own is None or rank < own))
 
 
-def takes(load: LoadReport, request: RequestLoad, params: RebalanceParams) -> bool:
-    wanted = blocks_wanted(request, load.block_size)
-    return (
-        load.num_waiting == 0
-        and (not load.max_running or load.num_running < load.max_running)
-        and load.free_blocks - wanted >= headroom_above(load, request.priority, params.load)
-        and steps_after(load, request, params) >= params.margin_steps
-    )
+def takes(load: LoadReport, request: RequestLoad, params: RebalanceParams, num_ahead: int, blocks_ahead: int) -> bool:
+    return (not load.max_running or load.num_running + num_ahead < load.max_running) and steps_after(
+        load, request, params, blocks_ahead
+    ) >= load.block_size
 
 
-def steps_after(load: LoadReport, request: RequestLoad, params: RebalanceParams) -> float:
-    joined = after_joining(load, request.priority, blocks_wanted(request, load.block_size))
-    return freeness_steps(joined, params.load)
+def steps_after(load: LoadReport, request: RequestLoad, params: RebalanceParams, blocks_ahead: int) -> float:
+    """What waits there and has come later is as if it were not."""
+    joined = after_joining(load, request.priority, blocks_ahead + blocks_wanted(request, load.block_size))
+    return freeness_steps(msgspec.structs.replace(joined, head_of_line_blocks=0), params.load)
 
 
 def _book(source: _Side, there: _Side, request: RequestLoad, left: float, params: RebalanceParams) -> Move:

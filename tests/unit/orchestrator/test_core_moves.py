@@ -126,6 +126,16 @@ def test_a_pair_rests_after_a_refusal_and_is_tried_again_later() -> None:
     assert starts(play.on(Ticked()))
 
 
+def test_no_pair_rests_because_a_request_ended_on_its_way() -> None:
+    play = Play()
+    crowded(play)
+    first = starts(play.on(Ticked()))
+    for move in first:
+        play.ends(move.number, Outcome.FINISHED_AT_SOURCE)
+    later = starts(play.on(Ticked()))
+    assert {(move.source, move.destination) for move in later} & {(move.source, move.destination) for move in first}
+
+
 def test_a_moved_request_rests() -> None:
     play = Play()
     crowded(play)

@@ -132,12 +132,12 @@ def test_who_is_more_urgent_goes_first_then_who_has_lived_longer(status: str) ->
     assert [one.request_id for one in plan_requeue(views, Resting(), RebalanceParams())] == ["urgent", "old", "second"]
 
 
-def test_it_goes_where_most_is_left_with_it_and_not_where_somebody_waits_or_that_drains() -> None:
+def test_it_goes_where_most_is_left_with_it_and_not_where_it_would_wait_or_that_drains() -> None:
     crowd = [request_load(f"c{number}", 10) for number in range(20)]
     views = (
         view_of(A, [request_load("full", 950), SECOND]),
         view_of("crowded", crowd),
-        view_of("has-a-queue", [waiting("w", 10)]),
+        view_of("has-a-queue", [waiting("w", 900 * 16 - 1, arrived_s=99.0)]),
         view_of("draining", [], draining=True),
         view_of("no-slot", [], slots_in=0),
         view_of("runs-all", [request_load("one", 1)], max_running=1),
@@ -145,22 +145,49 @@ def test_it_goes_where_most_is_left_with_it_and_not_where_somebody_waits_or_that
     )
     (move,) = plan_requeue(views, Resting(), RebalanceParams())
     assert move.destination == "crowded"
-    assert plan_requeue(views, Resting(), RebalanceParams(margin_steps=700.0)) == ()
     pair = Resting(pairs=frozenset({(A, InstanceId("crowded"))}))
     assert plan_requeue(views, pair, RebalanceParams()) == ()
 
 
-def test_at_the_bounds_a_head_that_just_fits_stays_and_the_margin_may_be_used_up() -> None:
+@pytest.mark.parametrize(
+    ("lived_s", "before_blocks", "expected"),
+    [(0.5, 900, 1), (99.0, 900, 0), (99.0, 898, 0), (99.0, 897, 1), (0.5, 2000, 1)],
+)
+def test_those_that_wait_there_and_came_earlier_must_have_room_beside_it_later_ones_need_not(
+    lived_s: float, before_blocks: int, expected: int
+) -> None:
+    """1,000 blocks there, one request runs and holds one, and this one wants 100: two more are left to grow into."""
+    other = msgspec.structs.replace(waiting("other", before_blocks * 16 - 1), arrived_s=lived_s)
+    views = view_of(A, [request_load("full", 950), SECOND]), view_of(B, [request_load("one", 1), other])
+    moves = [move for move in plan_requeue(views, Resting(), RebalanceParams()) if move.source == A]
+    assert len(moves) == expected
+    more_urgent = msgspec.structs.replace(other, priority=-1)
+    views = views[0], view_of(B, [request_load("one", 1), more_urgent])
+    is_behind = before_blocks + 100 + 1 + 2 > 1000
+    assert len([move for move in plan_requeue(views, Resting(), RebalanceParams()) if move.source == A]) == (
+        not is_behind
+    )
+
+
+def test_whoever_waits_there_and_is_not_known_counts_as_having_come_earlier() -> None:
+    here = view_of(A, [request_load("full", 950), SECOND])
+    for num_waiting, blocks, max_running, expected in ((3, 899, 0, 1), (3, 900, 0, 0), (3, 10, 4, 1), (3, 10, 3, 0)):
+        there = view_of(B, [], max_running=max_running)
+        load = msgspec.structs.replace(there.load, num_waiting=num_waiting, waiting_blocks=blocks)
+        views = here, msgspec.structs.replace(there, load=load)
+        assert len(plan_requeue(views, Resting(), RebalanceParams())) == expected, (num_waiting, blocks, max_running)
+
+
+def test_at_the_bounds_a_head_that_just_fits_stays_and_each_that_runs_has_one_block_more() -> None:
     for free, expected in ((99, 1), (100, 0)):
         here = view_of(A, [request_load("full", 1000 - free), SECOND])
         for levels in (LoadParams(), LoadParams(((-10, 400), (0, 0)))):
             params = RebalanceParams(load=levels)
             assert len(plan_requeue((here, view_of(B, [])), Resting(), params)) == expected
     blocked = view_of(A, [request_load("full", 950), SECOND])
-    for margin_steps, expected in ((7200.0, 1), (7200.5, 0)):  # half of the 900 blocks that are left, in tokens
-        there = view_of(B, [request_load("one", 0)])
-        params = RebalanceParams(margin_steps=margin_steps)
-        assert len(plan_requeue((blocked, there), Resting(), params)) == expected
+    for held, expected in ((898, 1), (899, 0)):
+        there = view_of(B, [request_load("one", held)])
+        assert len(plan_requeue((blocked, there), Resting(), RebalanceParams())) == expected
 
 
 def test_one_that_two_instances_list_after_a_hand_over_moves_once() -> None:
