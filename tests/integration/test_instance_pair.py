@@ -263,5 +263,6 @@ async def test_a_requests_targets_and_the_time_it_has_waited_go_with_it() -> Non
         there = await reported(fleet, "i1", "r")
         assert (there.ttft_s, there.tpot_s) == (2.5, 0.05)
         assert there.waited_s >= here.waited_s + here.arrived_s, "what it waited on the first one counts"
-        assert (await reported(fleet, "i1", "plain")).tpot_s is None
+        plain_there = await reported(fleet, "i1", "plain")
+        assert plain_there.tpot_s is None and plain_there.waited_s >= plain.arrived_s, "nor is it younger there"
         fleet.gateway.abort(*fleet.members.values(), request_ids=("r", "plain"))

@@ -189,5 +189,14 @@ def test_an_instance_is_told_the_targets_and_how_long_the_request_has_waited() -
     (message,) = [one.message for one in again if isinstance(one, Send) and isinstance(one.message, Submit)]
     assert (message.ttft_s, message.tpot_s) == (0.5, 0.3)
     assert message.waited_s == pytest.approx(0.8)
-    (plain,) = Desk().submit()
-    assert (plain.message.ttft_s, plain.message.tpot_s, plain.message.waited_s) == (None, None, 0.0)
+
+
+def test_how_long_it_has_waited_is_told_without_targets_as_well() -> None:
+    """Queues are in the order of arrival at the gateways."""
+    desk = Desk(orphan_grace_s=0.1)
+    (first,) = desk.submit()
+    assert (first.message.ttft_s, first.message.tpot_s, first.message.waited_s) == (None, None, 0.0)
+    desk.now_s = 0.6
+    again = desk.router.on_member_lost(InstanceId("a"), Epoch(1), desk.now_s) + desk.after(0.2, heard="b")
+    (message,) = [one.message for one in again if isinstance(one, Send) and isinstance(one.message, Submit)]
+    assert message.waited_s == pytest.approx(0.8)
