@@ -66,7 +66,7 @@ Variation = Annotated[float, typer.Option(help="Coefficient of variation of the 
 Urgent = Annotated[float, typer.Option(metavar="SHARE", help="Of the requests that are urgent.")]
 Arms = Annotated[
     list[str] | None,
-    typer.Option(help="Once for each; `kvferry simulate arms` lists them. Default: all.", show_default=False),
+    typer.Option(help="Once for each; `kvferry simulate arms` lists them. Default: all but the control.", show_default=False),
 ]
 Seeds = Annotated[int, typer.Option(help="Days of each arm, all arms the same ones.")]
 Profiles = Annotated[
@@ -172,7 +172,7 @@ def arms_of(arm: Sequence[str] | None, against: str | None = None) -> list[str]:
     """Each once, all of them for none. Raises ConfigError for one that is not there, or not compared."""
     from orchestrator.sim.arms import ARMS, arm_of  # noqa: PLC0415
 
-    names = list(dict.fromkeys(arm)) if arm else list(ARMS)
+    names = list(dict.fromkeys(arm)) if arm else [name for name, one in ARMS.items() if not one.is_control]
     for name in (*names, *([against] if against else [])):
         arm_of(name)
     require(against is None or against in names, f"--against {against}: it must be one of the arms: --arm {against}")

@@ -11,7 +11,14 @@ from orchestrator.errors import ConfigError
 from orchestrator.policy.columns import DispatchParams, Rule
 from orchestrator.policy.dispatch import DispatchBook
 from orchestrator.policy.rebalance import Plan
-from orchestrator.sim.baselines import BaselineBook, fewest_requests, infaas, llumnix_freeness, llumnix_plan
+from orchestrator.sim.baselines import (
+    BaselineBook,
+    fewest_requests,
+    infaas,
+    least_free,
+    llumnix_freeness,
+    llumnix_plan,
+)
 from orchestrator.state import CoreParams
 
 LLUMNIX_THRESHOLD = 3.0
@@ -33,6 +40,8 @@ class Arm:
     """None: production's."""
     moves: bool = True
     """False: nothing moves, not even out of an instance that is to be stopped: it is waited for."""
+    is_control: bool = False
+    """Must come out worse than all others; only compared where it is asked for."""
 
     def core_params(self, params: CoreParams) -> CoreParams:
         params = replace(params, is_rebalancing=self.moves, dispatch=replace(params.dispatch, rule=self.rule))
@@ -77,6 +86,13 @@ ARMS = {
             "the same with the threshold that its artifact has for M-M and S-L",
             make_book=lambda params, _: BaselineBook(params, llumnix_freeness),
             plans=(llumnix_plan(LLUMNIX_TUNED_THRESHOLD),),
+        ),
+        Arm(
+            "inverted",
+            "a control that must lose: dispatch to the instance that is the least free",
+            make_book=lambda params, _: BaselineBook(params, least_free),
+            moves=False,
+            is_control=True,
         ),
         Arm("dispatch", "ours, but nothing moves", moves=False),
         Arm("ours", "ours"),

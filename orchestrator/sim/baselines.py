@@ -45,6 +45,11 @@ def llumnix_freeness(entry: Entry, params: LoadParams) -> float:
     return free / max(1, report.num_running + len(entry.unseen))
 
 
+def least_free(entry: Entry, params: LoadParams) -> float:
+    """Of those with room for more the fullest first, and of the others the one that is the most short."""
+    return -llumnix_freeness(entry, params)
+
+
 class BaselineBook(DispatchBook):
     """Production's book, but for the choice: the best score, ties by name; `of_two`: of two members at random."""
 

@@ -18,6 +18,7 @@ from orchestrator.events import DrainRequested
 from orchestrator.policy.columns import Rule
 from orchestrator.sim.arms import ARMS, Arm
 from orchestrator.sim.arrivals import Arrival, Lived
+from orchestrator.sim.copying import LinkParams
 from orchestrator.sim.day import Counts
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.lengths import LengthConfig
@@ -74,6 +75,28 @@ def test_every_request_gets_its_whole_answer(arm: Arm) -> None:
     for gateway in world.gateways:
         gateway.router.check_integrity()
     assert littles_law_gap(lived) < 1e-9
+
+
+def test_control_a_fleet_that_takes_the_least_free_instance_for_the_freest_does_far_worse() -> None:
+    arrivals = asked(2, requests_per_s=3.0)
+    waits = {}
+    for name in ("inverted", "dispatch", "ours", "llumnix", "round-robin"):
+        lived, _, _ = play(params(ARMS[name]), arrivals)
+        waits[name] = sum(one.first_s - one.sent_s for one in lived) / len(lived)
+    inverted = waits.pop("inverted")
+    assert inverted > 3 * max(waits.values()), (inverted, waits)
+
+
+def test_control_over_links_that_carry_nothing_no_request_arrives_with_its_kv_and_none_is_lost() -> None:
+    """What waits has no KV, and may begin elsewhere all the same."""
+    arrivals, with_kv = asked(2), {}
+    for bytes_per_s in (0.0, 8e9):
+        lived, _, world = play(params(ROBIN, link=LinkParams(bytes_per_s=bytes_per_s)), arrivals)
+        assert [one.num_tokens for one in lived] == [one.num_answer for one in arrivals]
+        ended = [one for one in world.fleet.summaries if one.moved_tokens > 0]
+        with_kv[bytes_per_s] = [one.outcome for one in ended].count("committed")
+        assert any(one.outcome != "committed" for one in world.fleet.summaries), "they were tried"
+    assert with_kv[0.0] == 0 < with_kv[8e9]
 
 
 def test_requests_move_while_they_run_and_skewed_load_is_evened() -> None:
