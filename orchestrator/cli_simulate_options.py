@@ -66,7 +66,9 @@ Variation = Annotated[float, typer.Option(help="Coefficient of variation of the 
 Urgent = Annotated[float, typer.Option(metavar="SHARE", help="Of the requests that are urgent.")]
 Arms = Annotated[
     list[str] | None,
-    typer.Option(help="Once for each; `kvferry simulate arms` lists them. Default: all but the control.", show_default=False),
+    typer.Option(
+        help="Once for each; `kvferry simulate arms` lists them. Default: all but the control.", show_default=False
+    ),
 ]
 Seeds = Annotated[int, typer.Option(help="Days of each arm, all arms the same ones.")]
 Profiles = Annotated[
