@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,7 @@ def play(name: str, num_requests: int | None, out: Path | None) -> None:
     told.writable("--json", out)
     count = NUM_REQUESTS if num_requests is None else num_requests
     told.at_least_one("--requests", count)
-    asked, lasted = jobs(count), list[Lasted]()
+    asked, lasted, began_s = jobs(count), list[Lasted](), time.monotonic()
     with Console(stderr=True).status("simulating") as status:
         for one, day in zip(asked, live_all([one.job for one in asked]), strict=True):
             lasted.append(Lasted(one, day))
@@ -34,6 +35,7 @@ def play(name: str, num_requests: int | None, out: Path | None) -> None:
     of_all = Told(lasted)
     told.show(suite_sheets(of_all), f"suite {name}, {count:,} requests a day")
     figures = {key: None if math.isnan(value) else value for key, value in of_all.figures().items()}
+    figures["wall_s"] = time.monotonic() - began_s
     for key, value in figures.items():
         typer.echo(f"{key} {'none' if value is None else format(value, '.4g')}")
     if out is not None:

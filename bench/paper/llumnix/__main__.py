@@ -26,7 +26,7 @@ from bench.paper.llumnix.downtime import MODES, stopped_s
 from bench.report import Value
 from bench.sheet import result_of, show, table_of
 from orchestrator.sim.compare import Job, Question, live_all
-from orchestrator.sim.suite import NUM_REQUESTS, SERVING, Lasted, Told, jobs
+from orchestrator.sim.suite import NUM_REQUESTS, SEED, SERVING, Lasted, Told, jobs
 
 Row = Mapping[str, Any]
 TUNED = ("M-M", "S-L")
@@ -46,7 +46,7 @@ def baselines(num_requests: int) -> list[Row]:
     for name, rate in SERVING.items():
         question = Question(name, rate, num_requests=num_requests)
         arms = ("infaas++", "dispatch", *(("llumnix-10",) if name in TUNED else ()))
-        named += [(name, (question, arm, 1)) for arm in arms]
+        named += [(name, (question, arm, SEED)) for arm in arms]
     days = live_all([job for _, job in named])
     return [_of_day("serving", name, job[1], day) for (name, job), day in zip(named, days, strict=True)]
 
