@@ -132,8 +132,9 @@ class _Plan:
         sources = (_Source(view, view.load, view.slots_out) for view in blocked)
         self._sources = [filed for source in sources if (filed := _as_source(source)) is not None]
         heapq.heapify(self._sources)
-        self._gave: set[InstanceId] = set()
         self._took: set[InstanceId] = set()
+        """They send nothing in this plan. Nor does whoever has sent receive: its queue was blocked, by a request that is
+        before those of all sources that are looked at later."""
         sides = [
             _Destination(view, view.load, view.slots_in) for view in views if view.slots_in > 0 and not view.draining
         ]
@@ -191,7 +192,7 @@ class _Plan:
 
     def _rests(self, source: _Source, name: InstanceId) -> bool:
         here = source.view.instance
-        return name == here or name in self._gave or (here, name) in self._resting.pairs
+        return name == here or (here, name) in self._resting.pairs
 
     def _freest_after(self, source: _Source, request: RequestLoad) -> tuple[_Destination, float] | None:
         num_blocks, order = blocks_wanted(request, source.load.block_size), queue_order(request)
@@ -254,7 +255,6 @@ class _Plan:
             if there.can_take() and renewed[0] <= 0:
                 bisect.insort(filed, renewed)
         source.send(request)
-        self._gave.add(source.view.instance)
         self._took.add(there.view.instance)
         self._taken.add(request.request_id)
         return move_of(request, source.view, there.view, reason)

@@ -178,6 +178,22 @@ def test_whoever_waits_there_and_is_not_known_counts_as_having_come_earlier() ->
         assert len(plan_requeue(views, Resting(), RebalanceParams())) == expected, (num_waiting, blocks, max_running)
 
 
+def test_in_one_plan_who_has_received_does_not_send_and_who_has_sent_does_not_receive() -> None:
+    """A's second may not go to C, where there is most room, but only to B; from B one could go to C."""
+    first, second = (waiting(name, 100 * 16 - 1, arrived_s) for name, arrived_s in (("a", 8.0), ("b", 4.0)))
+    large = {age: waiting(f"large-{age:g}", 900 * 16 - 1, age) for age in (10.0, 5.0)}
+    not_to_c, empty = Resting(pairs=frozenset({(A, C)})), view_of(C, [])
+    here = view_of(A, [request_load("full", 950), large[10.0], first])
+    receives = view_of(B, [request_load("half", 500), large[5.0], second])
+    moves = plan_requeue((here, receives, empty), not_to_c, RebalanceParams())
+    assert [(move.request_id, move.destination) for move in moves] == [("a", B)]
+    sends = view_of(B, [request_load("most", 800), waiting("head", 300 * 16 - 1, 12.0)])
+    moves = plan_requeue((here, sends, empty), not_to_c, RebalanceParams())
+    assert [(move.request_id, move.destination) for move in moves] == [("head", C)]
+    control = here, view_of(B, [request_load("most", 800)]), empty
+    assert [move.destination for move in plan_requeue(control, not_to_c, RebalanceParams())] == [B]
+
+
 def test_at_the_bounds_a_head_that_just_fits_stays_and_each_that_runs_has_one_block_more() -> None:
     for free, expected in ((99, 1), (100, 0)):
         here = view_of(A, [request_load("full", 1000 - free), SECOND])
