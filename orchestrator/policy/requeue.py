@@ -133,7 +133,7 @@ class _Plan:
         self._sources = [filed for source in sources if (filed := _as_source(source)) is not None]
         heapq.heapify(self._sources)
         self._took: set[InstanceId] = set()
-        """They send nothing in this plan. Nor does whoever has sent receive: its queue was blocked, by a request that is
+        """They send nothing in this plan. Nor does whoever has sent receive: its queue was blocked by a request that is
         before those of all sources that are looked at later."""
         sides = [
             _Destination(view, view.load, view.slots_in) for view in views if view.slots_in > 0 and not view.draining
