@@ -13,6 +13,7 @@ from typing import assert_never
 
 from instance.messages import LoadReport, RequestReport, Subscribe
 from instance.ports import Inbox
+from migration.types import Epoch, InstanceId
 from orchestrator.core import Orchestrator
 from orchestrator.effects import (
     AnnounceScaling,
@@ -106,6 +107,8 @@ class OrchestratorLoop:
         self._tasks: asyncio.TaskGroup | None = None
         self._is_over = False
         self._stopping = asyncio.Event()
+        self._ending: set[tuple[InstanceId, Epoch]] = set()
+        """Asked to end, and not heard to have ended yet: no reason to warn anybody."""
         self._tokens = count(1)
         self._callers: dict[Token, asyncio.Future[Result]] = {}
         self._teller = GatewayTeller(fleet, params.call_timeout_s, params.retry_s)
@@ -185,7 +188,11 @@ class OrchestratorLoop:
                 self._teller.add(gateway, actor_name)
                 self._spawn(self._await_death(actor_name, lambda reason: GatewayLost(gateway, reason)), actor_name)
             case InstanceLost(instance=instance, epoch=epoch, reason=reason):
-                _log.warning("instance lost %s", fields(instance=instance, epoch=epoch, reason=reason))
+                if (instance, epoch) in self._ending:
+                    self._ending.discard((instance, epoch))
+                    _log.info("instance stopped %s", fields(instance=instance, epoch=epoch))
+                else:
+                    _log.warning("instance lost %s", fields(instance=instance, epoch=epoch, reason=reason))
             case GatewayLost(gateway=gateway, reason=reason):
                 _log.warning("gateway lost %s", fields(gateway=gateway, reason=reason))
                 self._teller.lost(gateway)
@@ -235,6 +242,7 @@ class OrchestratorLoop:
             case StartInstance():
                 self._spawn(self._keeper.start(effect), f"start-{effect.instance}-{effect.epoch}")
             case StopInstance():
+                self._ending.add((effect.instance, effect.epoch))
                 self._spawn(self._keeper.stop(effect), f"stop-{effect.instance}-{effect.epoch}")
             case AnnounceScaling():
                 self._keeper.announce(effect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from orchestrator.events import DrainRequested
 from orchestrator.policy.columns import Rule
 from orchestrator.sim.arms import ARMS, Arm
 from orchestrator.sim.arrivals import Arrival, Lived
+from orchestrator.sim.compare import Question, Scaled
 from orchestrator.sim.copying import LinkParams
 from orchestrator.sim.day import Counts
 from orchestrator.sim.jumping_loop import run_jumping
@@ -169,6 +171,17 @@ def test_a_killed_instance_loses_what_had_begun_there_and_nothing_else() -> None
     assert [one.num_tokens for one in whole] == [one.arrival.num_answer for one in whole]
     assert len(failed) < len(lived) / 3
     assert "instance-2" not in world.instances
+
+
+def test_who_was_asked_to_end_is_not_called_lost_and_who_was_killed_is(caplog: pytest.LogCaptureFixture) -> None:
+    question = Question("S-S", 1.0, num_requests=60, num_instances=3, scaled=Scaled(40.0, 640.0, most=3))
+    idle = question.arrivals(1)
+    with caplog.at_level(logging.INFO):
+        _, _, world = play(question.world(ARMS["ours"], 1), idle)
+        assert len(world.instances) < 3, "the control: some have ended"
+        assert "instance stopped instance=" in caplog.text and "instance lost" not in caplog.text
+        play(params(num_instances=3), asked(6), lambda world: world.kill_instance("instance-2"))
+        assert "instance lost instance=instance-2" in caplog.text
 
 
 def test_a_part_that_breaks_ends_the_play_at_once() -> None:

@@ -140,7 +140,7 @@ def main() -> int:
     try:
         told = json.loads(options.suite.read_text()) if options.suite else played(options.requests)
         days = [*told["days"], *(baselines(options.requests) if options.baselines else [])]
-        figures = {name: float("nan") if value is None else float(value) for name, value in told["figures"].items()}
+        figures = {name: float(value) for name, value in told["figures"].items() if value is not None}
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"--suite {options.suite}: {error}")
     order = list(SERVING)
