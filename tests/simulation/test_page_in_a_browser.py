@@ -18,7 +18,8 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)")
 DAY = ("--workload", "M-M", "--rate", "4", "--requests", "120", "--instances", "3", "--urgent", "0.2")
 LOOK = """<script>
-const inside = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
+const inside = (a, b) =>
+  a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
 const charts = [...document.querySelectorAll("figure svg")];
 const told = {
   fetched: performance.getEntriesByType("resource").length,
