@@ -45,9 +45,11 @@ class RebalanceParams:
     margin_steps: float = 64.0
     """By so much must the destination be freer than the source, before and after the move."""
     rest_s: float = 1.0
-    """A moved request stays where it is for so long."""
+    """A moved request stays where it is for so long: two ticks, by when both its ends have reported without it, or with
+    it. Longer rests (10 s) let heads of queues wait for memory that a moved request could have left."""
     pair_rest_s: float = 1.0
-    """After a refusal this source asks this destination no more for so long."""
+    """After a refusal or a failure this source asks this destination no more for so long: until the next report but a
+    few, since most refusals are of blocks that were taken meanwhile."""
     max_moves: int = 8
     """Moves proposed in one tick."""
     max_destinations: int = 8
