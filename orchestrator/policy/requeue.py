@@ -52,6 +52,7 @@ def plan_requeue(views: tuple[InstanceView, ...], resting: Resting, params: Reba
     return _Plan(blocked, views, resting, params).moves() if blocked else ()
 
 
+_RUNNING = "running"
 Level = int | None
 """Rank of a level that has headroom; None: any other."""
 
@@ -64,7 +65,12 @@ class _Source:
     gone: set[str] = field(default_factory=set)
 
     def queue(self) -> Iterator[RequestLoad]:
-        return (one for one in self.view.requests if is_queued(one) and one.request_id not in self.gone)
+        """What runs is passed over by one comparison: most do, and in a full fleet all instances are asked."""
+        return (
+            one
+            for one in self.view.requests
+            if one.status != _RUNNING and is_queued(one) and one.request_id not in self.gone
+        )
 
     def send(self, request: RequestLoad) -> None:
         self.gone.add(request.request_id)
@@ -129,9 +135,6 @@ class _Plan:
         self._taken: set[str] = set(resting.requests)
         self._headroom = {rank: blocks for rank, blocks in params.load.headroom_blocks if blocks > 0}
         self._levels: dict[int, Level] = {}
-        sources = (_Source(view, view.load, view.slots_out) for view in blocked)
-        self._sources = [filed for source in sources if (filed := _as_source(source)) is not None]
-        heapq.heapify(self._sources)
         self._took: set[InstanceId] = set()
         """They send nothing in this plan. Nor does whoever has sent receive: its queue was blocked by a request that is
         before those of all sources that are looked at later."""
@@ -142,6 +145,10 @@ class _Plan:
         for side in self._destinations:
             self._look(side)
         self._by_level: dict[Level, list[_Filed]] = {}
+        # Where nobody may take even a request of one block, as in a fleet that is all full, no queue is looked at.
+        sources = (_Source(view, view.load, view.slots_out) for view in (blocked if self._filed(None) else ()))
+        self._sources = [filed for source in sources if (filed := _as_source(source)) is not None]
+        heapq.heapify(self._sources)
 
     def moves(self) -> tuple[Move, ...]:
         moves: list[Move] = []
