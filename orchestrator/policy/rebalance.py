@@ -48,8 +48,8 @@ class RebalanceParams:
     """A moved request stays where it is for so long: two ticks, by when both its ends have reported without it, or with
     it. Longer rests (10 s) let heads of queues wait for memory that a moved request could have left."""
     pair_rest_s: float = 1.0
-    """After a refusal or a failure this source asks this destination no more for so long: until the next report but a
-    few, since most refusals are of blocks that were taken meanwhile."""
+    """After a refusal or a failure this source asks this destination no more for so long. Most refusals are of blocks
+    that were taken meanwhile, which some reports later are told."""
     max_moves: int = 8
     """Moves proposed in one tick."""
     max_destinations: int = 8
@@ -185,7 +185,7 @@ class _Plan:
             return None
         candidates: list[RequestLoad] | None = None
         for destination in self._asked(source, smallest):
-            candidates = candidates or in_order(source.load, movable)
+            candidates = candidates or _in_order(source.load, movable)
             for request in candidates:
                 gain = _gain(source, destination, request, self._params)
                 if gain is not None:
@@ -268,7 +268,7 @@ def _kept_clear_for(load: LoadReport, params: RebalanceParams) -> int | None:
     return params.load.kept_clear_for(load.running_by_priority)
 
 
-def in_order(load: LoadReport, requests: list[RequestLoad]) -> list[RequestLoad]:
+def _in_order(load: LoadReport, requests: list[RequestLoad]) -> list[RequestLoad]:
     """Lower priority first (vLLM: the higher number), then shorter, then by name.
 
     Where the head of the queue does not fit, first those whose leaving alone makes room for it, the smallest of them

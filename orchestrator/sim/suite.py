@@ -21,7 +21,7 @@ from orchestrator.sim.paired import Ratio, ratio
 NUM_REQUESTS = 10_000
 """Of each day of its evaluation."""
 SEED = 21
-"""No rule and no parameter was chosen by a day of this seed."""
+"""No rule of the policy and no parameter of it was chosen by a day of this seed."""
 SERVING = {"S-S": 36.0, "M-M": 7.8, "L-L": 3.0, "S-L": 4.3, "L-S": 18.0}
 """Requests a second: the highest of its figures."""
 OURS, THEIRS, PLAIN, INFAAS = "ours", "llumnix", "dispatch", "infaas++"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import msgspec
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -143,28 +142,6 @@ def test_where_all_are_short_the_one_that_is_worst_off_is_relieved_by_the_others
     assert left(crowded.load, params) < left(other.load, params) < params.threshold_steps
     (move, *_) = plan_rebalance((crowded, other), NOBODY_RESTS, params)
     assert (move.source, move.destination) == (InstanceId("a"), InstanceId("b"))
-
-
-@pytest.mark.parametrize(
-    ("head_blocks", "expected"),
-    [
-        (0, "r05"),  # the shortest
-        (21, "r60"),  # 20 are missing (one is free): one move is enough, and the smallest that does
-        (41, "r60"),
-        (61, "r60"),
-        (62, "r90"),
-        (92, "r90"),  # nobody alone makes room enough: the largest first
-    ],
-)
-def test_for_a_head_without_room_the_smallest_moves_that_makes_it_by_itself(head_blocks: int, expected: str) -> None:
-    sizes = [(f"r{size:02}", size) for size in (5, 10, 15, 60, 90)]
-    rest = [request_load(f"fixed{number}", 73, movable=False) for number in range(3)]
-    world: World = {InstanceId("a"): [*(request_load(*size) for size in sizes), *rest], InstanceId("b"): []}
-    views = views_of(world, waiting_blocks=head_blocks)
-    assert views[0].load.free_blocks == 1
-    moves = plan_rebalance(views, NOBODY_RESTS, RebalanceParams())
-    assert moves[0].request_id == expected
-    assert moves[0].reason.startswith("defragment" if head_blocks else "rebalance")
 
 
 COPY_S_PER_BLOCK = st.sampled_from([0.0, 0.005, 0.05, 0.5])
