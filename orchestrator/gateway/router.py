@@ -382,11 +382,10 @@ class Router:
 
     def _subscribe(self, now_s: float) -> list[Effect]:
         self._subscribed_s = now_s
-        lease_s, is_seeking, book = self._params.subscribe_lease_s, self._missing.is_seeking, self._book
-        return [
-            Send(member.address, msg.Subscribe(self._address, lease_s, is_seeking, book.cached_from(member.instance)))
-            for member in self._members.values()
-        ]
+        members, params, cached = self._members.values(), self._params, self._book.cached_from
+        terms = (self._address, params.subscribe_lease_s, self._missing.is_seeking)
+        every_s = params.report_interval_s(len(members))
+        return [Send(one.address, msg.Subscribe(*terms, cached(one.instance), None, every_s)) for one in members]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every request is in the states it may be in together."""

@@ -41,6 +41,15 @@ class RouterParams:
     """A request of which no word came between two looks so far apart is looked for at the instances."""
     subscribe_every_s: float = 1.0
     subscribe_lease_s: float = 5.0
+    max_reports_per_s: float = 4_000.0
+    """Load reports of all members together that come without output: from 400 members on each sends fewer. Reports
+    that come with output are not limited, and what is sent to a member counts here at once."""
+    max_report_interval_s: float = 0.25
+    """However many members there are; less than the least age at which reports can be told not to be believed."""
+
+    def report_interval_s(self, num_members: int) -> float:
+        """Between two reports of one member."""
+        return min(self.max_report_interval_s, num_members / self.max_reports_per_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from migration.types import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.gateway.errors import Failure, FailureKind
 from orchestrator.gateway.router import Router
 from orchestrator.gateway.types import Deliver, Effect, Fail, Outgoing, RouterParams, Send
+from orchestrator.tuning import MIN_STALE_S
 from tests.support.idle_report import report
 
 GATEWAY = "tcp://gateway"
@@ -98,9 +99,30 @@ def token(offset: int, finish: int | None = None, request_id: str = "r") -> Outp
 
 def test_members_are_subscribed_to_at_once_and_every_second() -> None:
     desk = Desk("")
-    assert desk.members("a") == [Send("tcp://a", Subscribe(GATEWAY, 5.0, cached_from=ALL_CACHED))]
+    subscribe = Subscribe(GATEWAY, 5.0, cached_from=ALL_CACHED, interval_s=1 / 4_000)
+    assert desk.members("a") == [Send("tcp://a", subscribe)]
     assert desk.router.tick(0.5) == []
-    assert desk.router.tick(1.0) == [Send("tcp://a", Subscribe(GATEWAY, 5.0, cached_from=ALL_CACHED))]
+    assert desk.router.tick(1.0) == [Send("tcp://a", subscribe)]
+
+
+def test_the_members_of_a_large_fleet_are_asked_for_reports_less_often() -> None:
+    params = RouterParams(max_reports_per_s=4.0, max_report_interval_s=0.7)
+    router = Router(GATEWAY, params)
+
+    def asked_s(names: str) -> set[float]:
+        members = [Incarnation(InstanceId(name), Epoch(1), f"tcp://{name}") for name in names]
+        effects = router.set_members(members, 0.0)
+        return {
+            one.message.interval_s for one in effects if isinstance(one, Send) and isinstance(one.message, Subscribe)
+        }
+
+    assert asked_s("a") == {0.25}
+    assert asked_s("ab") == {0.5}
+    assert asked_s("abcdef") == {0.7}, "but no less often than this"
+
+
+def test_reports_come_before_any_operator_can_have_them_count_as_stale() -> None:
+    assert RouterParams().report_interval_s(10**6) < MIN_STALE_S
 
 
 def test_a_request_is_sent_with_the_epoch_and_the_sequence_and_its_tokens_come_back() -> None:
