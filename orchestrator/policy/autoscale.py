@@ -2,7 +2,8 @@
 
 The signal is the mean freeness in decode steps, kept between `low_steps` and `high_steps`: one instance more when it
 has been below for `period_s`, one less when it has been above for as long *and* one less would hold the load with room
-to spare. Source of the band: Sun et al., Llumnix (OSDI'24).
+to spare *and* the load does not grow such that it would soon be wanted back. Source of the band: Sun et al., Llumnix
+(OSDI'24).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from instance.messages import LoadReport, RequestLoad
 from orchestrator.policy.load import LoadParams, running_blocks
 from orchestrator.policy.moves import InstanceView, freeness_steps, steps_left
+
+MAX_SEEN = 24
+"""Looks that are remembered for a trend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,11 @@ class AutoscaleParams:
     """After a change of the target nothing is decided for so long."""
     settle_s: float = 60.0
     """After an instance began to serve none is given up for so long: it starts empty, and fills slowly."""
+    trend_s: float = 60.0
+    """Over so long is it seen whether freeness falls: twice `period_s`, so that a burst is not taken for a trend."""
+    horizon_s: float = 120.0
+    """None is given up where at this pace freeness would leave the band from above before. What has been given up is
+    back no sooner than `cooldown_s`, `period_s` and a start (30 s) later."""
     max_pending: int = 2
     """Instances wanted that do not serve yet; no further one is asked for while there are so many."""
     request_cost_blocks: float = 4.0
@@ -81,6 +90,8 @@ class Trend:
     above_since_s: float | None = None
     changed_s: float = -math.inf
     """When the target was last changed, by whomever."""
+    seen: tuple[tuple[float, float], ...] = ()
+    """(time in s, the mean) of looks of the last `trend_s`, since the last change: MAX_SEEN at most, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +136,7 @@ def plan_autoscale(
     if is_below:
         obstacle = _why_not_more(fleet, target, limits, params)
         return decided(target, f"{says}; {obstacle}") if obstacle else decided(target + 1, says)
-    obstacle = _why_not_fewer(fleet, serving, target, limits, params)
+    obstacle = _why_not_fewer(fleet, serving, target, limits, params) or _why_not_yet(trend, mean, params)
     return decided(target, f"{says}; {obstacle}") if obstacle else decided(target - 1, says)
 
 
@@ -143,9 +154,37 @@ def _followed(trend: Trend, mean: float | None, params: AutoscaleParams, now_s: 
     is_above = mean is not None and mean > params.high_steps
     return replace(
         trend,
+        seen=_remembered(trend.seen, mean, params, now_s),
         below_since_s=(now_s if trend.below_since_s is None else trend.below_since_s) if is_below else None,
         above_since_s=(now_s if trend.above_since_s is None else trend.above_since_s) if is_above else None,
     )
+
+
+def _remembered(
+    seen: tuple[tuple[float, float], ...], mean: float | None, params: AutoscaleParams, now_s: float
+) -> tuple[tuple[float, float], ...]:
+    """With this look, unless the last one is too recent; without those that are too old. Unknown: nothing is."""
+    if mean is None:
+        return ()
+    if seen and now_s - seen[-1][0] < params.trend_s / MAX_SEEN:
+        return seen
+    recent = [look for look in seen if now_s - look[0] <= params.trend_s]
+    return (*recent[1 - MAX_SEEN :], (now_s, mean))
+
+
+def trend_per_s(seen: tuple[tuple[float, float], ...]) -> float:
+    """Decode steps a second, by least squares; 0 of fewer than two looks."""
+    if len(seen) < 2:
+        return 0.0
+    middle_s = math.fsum(at_s for at_s, _ in seen) / len(seen)
+    spread = math.fsum((at_s - middle_s) ** 2 for at_s, _ in seen)
+    return math.fsum((at_s - middle_s) * mean for at_s, mean in seen) / spread
+
+
+def _why_not_yet(trend: Trend, mean: float, params: AutoscaleParams) -> str:
+    """Empty: the load does not grow so fast that the instance would soon be wanted back."""
+    ahead = mean + params.horizon_s * min(0.0, trend_per_s(trend.seen))
+    return f"at this pace {max(0.0, ahead):.0f} in {params.horizon_s:g} s" if ahead < params.high_steps else ""
 
 
 def _why_not_more(fleet: FleetView, target: int, limits: Limits, params: AutoscaleParams) -> str:

@@ -240,6 +240,8 @@ class Columns:
         running request more would outweigh any prefix where memory is plentiful.
 
         `level`: the rank of its level of priority, if that has headroom: where none of that level runs it brings it.
+        Where that headroom is all that is lacking it begins at once, and the score is between -1 and 0: the higher the
+        more decode steps are left if it did not count.
 
         `best_only`: which one is the highest is all that is asked. Where somebody has room those without keep some
         number below zero.
@@ -255,10 +257,9 @@ class Columns:
             gone = self._params.prefix_weight * saved_blocks * self.requests_per_block
             batch = np.maximum(1.0, batch - gone)
         steps: Scores = spare / batch
-        if not self._slow_start.is_over(now_s):
-            risen = (now_s - self.first_report_s) / self._params.slow_start_s
-            np.maximum(risen, self._params.slow_start_share, out=risen)
-            steps *= np.minimum(risen, 1.0, out=risen)
+        share = self._shares(now_s)
+        if share is not None:
+            steps *= share
         for row in left_out:
             steps[row] = -math.inf
         if demand_blocks > self._smallest:
@@ -266,8 +267,21 @@ class Columns:
             if large_enough.max() > -math.inf:
                 steps = large_enough
         if not (best_only and steps[steps.argmax()] >= 0.0):
-            np.add(spare, self.behind, out=steps, where=(spare < 0) & (steps > -math.inf))
+            lacking = (spare < 0) & (steps > -math.inf)
+            if level is not None and bool((cutting := lacking & (spare >= -self._headroom[level])).any()):
+                left = (spare + self._headroom[level]) / batch * (1.0 if share is None else share)
+                np.divide(-1.0, 1.0 + left, out=steps, where=cutting)
+                lacking &= ~cutting
+            np.add(spare, self.behind, out=steps, where=lacking)
         return steps
+
+    def _shares(self, now_s: float) -> Scores | None:
+        """What part of its freeness counts of each; None: all of it of all."""
+        if self._slow_start.is_over(now_s):
+            return None
+        risen = (now_s - self.first_report_s) / self._params.slow_start_s
+        shares: Scores = np.clip(risen, self._params.slow_start_share, 1.0)
+        return shares
 
     def check_integrity(self, entries: Sequence[Entry]) -> None:
         """Raise AssertionError unless each value is what would be worked out anew. Only fresh rows need to be right."""

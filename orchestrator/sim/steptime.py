@@ -113,13 +113,18 @@ LLUMNIX_A10 = StepTimes(
 takes 52.0 ms for 32 requests and 43.5 ms for one, computing 256 .. 8k tokens anew 58 .. 1,995 ms."""
 
 
-LLUMNIX_BETWEEN_S = 17.5e-3
-"""Between two steps of its engine (vLLM 0.2 under Ray: scheduling, sampling, messages), which its plot of steps does
-not show. Fitted to one figure of its paper: with INFaaS++ a request of M-M at 7.8 a second waits 5.9 s in the mean for
-its first token. Steps alone would leave its fleet idle at the rates at which it measured."""
+LLUMNIX_REQUEST_S = 2.0e-3
+"""Of each request in a step, beside what its plot of steps shows: vLLM 0.2 schedules, samples and tells each in Python.
+Fitted to one figure of its paper: with INFaaS++ a request of M-M at 7.8 a second waits 5.9 s in the mean for its first
+token. Steps alone would leave its fleet idle at the rates at which it measured."""
 
-LLUMNIX_FLEET = replace(LLUMNIX_A10, base_s=LLUMNIX_A10.base_s + LLUMNIX_BETWEEN_S)
-"""An instance of its evaluation."""
+LLUMNIX_FLEET = replace(
+    LLUMNIX_A10,
+    request_s=LLUMNIX_REQUEST_S,
+    mixed=replace(LLUMNIX_A10.attention, decode_s=LLUMNIX_A10.base_s),
+)
+"""An instance of its evaluation. vLLM 0.2 computes prompts in steps of their own: where prompts come beside requests
+that decode, that is one more step's base."""
 
 
 def from_profile(profiles: Mapping[str, Any], name: str) -> StepTimes:

@@ -174,7 +174,7 @@ def test_a_killed_instance_loses_what_had_begun_there_and_nothing_else() -> None
 
 
 def test_who_was_asked_to_end_is_not_called_lost_and_who_was_killed_is(caplog: pytest.LogCaptureFixture) -> None:
-    question = Question("S-S", 1.0, num_requests=60, num_instances=3, scaled=Scaled(40.0, 640.0, most=3))
+    question = Question("S-S", 1.0, num_requests=240, num_instances=3, scaled=Scaled(40.0, 640.0, most=3))
     idle = question.arrivals(1)
     with caplog.at_level(logging.INFO):
         _, _, world = play(question.world(ARMS["ours"], 1), idle)

@@ -58,9 +58,11 @@ def score(
 ) -> float:
     """Freeness of the instance with this request and all dispatches of all gateways on it, in decode steps, after what
     its running requests have taken since its report; less in its first seconds. When that would be negative the request
-    has to wait, and the score is minus the blocks short for everything that waits there. What it has of the prompt
-    is demand that is not there, and counts as if so many blocks of what runs there were gone, with their requests. The
-    headroom of its level, and of those dispatched, counts as used, once a level.
+    has to wait, and the score is minus the blocks short for everything that waits there; unless it is the headroom of
+    its own level that is lacking: then it begins at once, and the score is between -1 and 0, the higher the more decode
+    steps are left when that headroom does not count. What it has of the prompt is demand that is not there, and counts
+    as if so many blocks of what runs there were gone, with their requests. The headroom of its level, and of those
+    dispatched, counts as used, once a level.
     """
     report = seen.report
     num_unseen = seen.num_dispatched * num_gateways
@@ -69,7 +71,8 @@ def score(
     added = (seen.dispatched_levels | {params.load.level(priority)}) - running
     spare -= sum(blocks for rank, blocks in params.load.headroom_blocks if rank in added)
     spare = spare - seen.report_age_s * growth_blocks_per_s(report) - demand_blocks + saved_blocks
-    if spare < 0:
+    own = params.load.headroom(priority)
+    if spare + own < 0 or (spare < 0 and own == 0):
         return spare + (report.head_of_line_blocks - max(report.waiting_blocks, report.head_of_line_blocks))
     share = 1.0
     if params.slow_start_s > 0:
@@ -77,4 +80,7 @@ def score(
     batch = max(1, report.num_running + num_unseen + 1)
     used = running_blocks(report) + seen.dispatched_blocks * num_gateways
     requests_per_block = (report.num_running + num_unseen) / max(1, used)
-    return spare / max(1.0, batch - params.prefix_weight * saved_blocks * requests_per_block) * share
+    batch_left = max(1.0, batch - params.prefix_weight * saved_blocks * requests_per_block)
+    if spare < 0:
+        return -1.0 / (1.0 + (spare + own) / batch_left * share)
+    return spare / batch_left * share

@@ -10,6 +10,7 @@ import pytest
 from instance.messages import RequestLoad
 from migration.types import InstanceId
 from orchestrator.policy.autoscale import (
+    MAX_SEEN,
     AutoscaleParams,
     Decision,
     FleetView,
@@ -145,6 +146,41 @@ def test_nothing_is_given_up_when_the_rest_could_not_hold_the_load() -> None:
     assert steps_after([item.load for item in half], PARAMS) == 40 * 16 / 8
     decision, _ = after_a_period(fleet(*half), 2)
     assert decision.target == 2 and "one less would leave 80" in decision.reason
+
+
+def _filling(used_blocks: int, a_second: int, horizon_s: float = PARAMS.horizon_s) -> Decision:
+    """Two instances with 8 requests each fill at this pace for a minute, looked at every half second."""
+    params, trend = replace(PARAMS, horizon_s=horizon_s), LONG_AGO
+    for half_second in range(121):
+        used = used_blocks + a_second * half_second // 2
+        seen = fleet(*(view(name, used_blocks=used, num_running=8) for name in ("a", "b")))
+        decision, trend = plan_autoscale(seen, 2, LIMITS, trend, params, half_second / 2)
+        assert len(trend.seen) <= MAX_SEEN
+        if decision.target != 2:
+            break
+    return decision
+
+
+def test_nothing_is_given_up_while_the_load_grows_such_that_it_would_soon_be_wanted_back() -> None:
+    """Three blocks a second of eight requests are six decode steps a second: 720 in 120 s."""
+    decision = _filling(150, a_second=3)
+    assert decision.target == 2 and decision.mean_steps == (1000 - 150 - 180) * 16 / 8
+    assert decision.reason.endswith("above 960 for 30 s; at this pace 620 in 120 s")
+    assert _filling(150, a_second=3, horizon_s=0.0).target == 1, "control: freeness alone would let it go"
+
+
+def test_a_steady_or_an_ebbing_load_stands_in_nobodys_way() -> None:
+    assert _filling(200, a_second=0).target == 1
+    assert _filling(300, a_second=-2).target == 1
+
+
+def test_a_change_of_the_target_begins_a_new_trend_and_so_does_a_fleet_that_says_nothing() -> None:
+    _, trend = after_a_period(fleet(full("a")), 1)
+    assert trend.seen == ()
+    _, trend = plan_autoscale(fleet(full("a")), 1, LIMITS, LONG_AGO, PARAMS, 0.0)
+    assert trend.seen == ((0.0, 80.0),)
+    _, trend = plan_autoscale(fleet(num_unheard=1), 1, LIMITS, trend, PARAMS, 5.0)
+    assert trend.seen == ()
 
 
 def test_what_waits_counts_when_one_less_is_considered() -> None:

@@ -154,6 +154,29 @@ def test_a_level_brings_its_headroom_once_to_an_instance_and_with_the_dispatch_a
     assert chosen_for(it, -12) == "b"
 
 
+def test_where_nobody_has_its_headroom_free_an_urgent_one_goes_where_most_is_left_for_each() -> None:
+    """It begins at once there, beside other urgent ones or not: it is its own level's headroom that it cuts into."""
+    params = DispatchParams(slow_start_s=0.0, load=LoadParams(((-10, 40), (0, 0))))
+
+    def urgent(name: str, count: int, free_blocks: int) -> LoadReport:
+        running = ((-10, count),)
+        return report(name, free_blocks=free_blocks, num_running=count, running_by_priority=running)
+
+    def chosen_for(priority: int, *reports: LoadReport) -> str:
+        choice = book(*reports, params=params).choose(10, 0.0, priority=priority)
+        assert isinstance(choice, Choice)
+        return f"{choice.instance}: {choice.reason.split(' highest')[0]}"
+
+    crowded, long, full = urgent("a", 5, free_blocks=45), urgent("b", 1, free_blocks=42), urgent("c", 1, free_blocks=9)
+    assert chosen_for(-10, crowded, long, full) == "b: score -0.06", "-1 / (1 + 32 / 2); 35 / 6 are left at a"
+    assert chosen_for(0, crowded, long, full) == "a: score -5.00", "control: who has no headroom waits, there the least"
+    calm = report("d", free_blocks=49, num_running=0)
+    assert chosen_for(-10, crowded, long, calm) == "d: score -0.03", "an instance of its own is better than company"
+    busy = report("d", free_blocks=49, num_running=9)
+    assert chosen_for(-10, crowded, long, busy) == "b: score -0.06"
+    assert chosen_for(-10, crowded, urgent("e", 1, free_blocks=51)) == "e: score 0.50", "headroom that is there is best"
+
+
 def test_a_refused_dispatch_is_no_load_any_more() -> None:
     it = book(report("a"), report("b"))
     sequence = it.on_dispatched(InstanceId("a"), 10, 0.0)

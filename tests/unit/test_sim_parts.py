@@ -18,7 +18,7 @@ from orchestrator.sim.asked import Wanted
 from orchestrator.sim.copying import LinkParams, Links
 from orchestrator.sim.jumping_loop import run_jumping
 from orchestrator.sim.score import by_kind, figure, half_width, littles_law_gap
-from orchestrator.sim.steptime import LLUMNIX_A10, Attention, StepTimes, from_profile
+from orchestrator.sim.steptime import LLUMNIX_A10, LLUMNIX_FLEET, Attention, StepTimes, from_profile
 from orchestrator.sim.workload import LLUMNIX, gamma_times, llumnix, with_urgent
 
 # ---------------------------------------------------------------------- step times
@@ -70,6 +70,16 @@ def test_the_a10_of_llumnix_is_as_fast_as_its_paper_shows() -> None:
     assert found_ms == pytest.approx(anew_ms, rel=0.04)
     assert 1e3 * LLUMNIX_A10.step_s((), 32, 8192) == pytest.approx(52.0, rel=0.02)
     assert 1e3 * LLUMNIX_A10.step_s((), 1, 8192) == pytest.approx(43.5, rel=0.02)
+
+
+def test_an_instance_of_llumnixs_fleet_pays_for_each_request_and_for_prompts_a_step_of_their_own() -> None:
+    def more_ms(chunks: list[tuple[int, int]], num_decoding: int) -> float:
+        steps_s = (times.step_s(chunks, num_decoding, 100 * num_decoding) for times in (LLUMNIX_FLEET, LLUMNIX_A10))
+        return 1e3 * (next(steps_s) - next(steps_s))
+
+    assert more_ms([], 8) == pytest.approx(8 * 2.0)
+    assert more_ms([(300, 0)], 0) == pytest.approx(2.0)
+    assert more_ms([(300, 0), (90, 0)], 8) == pytest.approx(10 * 2.0 + 36.5)
 
 
 # ---------------------------------------------------------------------- links
