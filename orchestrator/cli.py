@@ -139,10 +139,10 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter a flag
         float | None, _option("Mean freeness above: one less.", "AUTOSCALE_HIGH_STEPS", 960, _SCALING)
     ] = None,
     autoscale_period_s: Annotated[
-        float | None, _option("Seconds it must last.", "AUTOSCALE_PERIOD_S", 30, _SCALING)
+        float | None, _option("Seconds below; three times as long above.", "AUTOSCALE_PERIOD_S", 10, _SCALING)
     ] = None,
     autoscale_cooldown_s: Annotated[
-        float | None, _option("Seconds of rest after a change.", "AUTOSCALE_COOLDOWN_S", 60, _SCALING)
+        float | None, _option("After a change none is given up so soon.", "AUTOSCALE_COOLDOWN_S", 60, _SCALING)
     ] = None,
     retire_timeout_s: Annotated[
         float | None, _option("Not empty by then: it stays.", "RETIRE_TIMEOUT_S", 600, _SCALING)

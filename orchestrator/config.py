@@ -99,7 +99,7 @@ class ServeConfig:
     """Also for `kvferry scale`, and what the memory of a machine without GPUs is shared out for."""
     autoscale_low_steps: float = 160.0
     autoscale_high_steps: float = 960.0
-    autoscale_period_s: float = 30.0
+    autoscale_period_s: float = 10.0
     autoscale_cooldown_s: float = 60.0
     retire_timeout_s: float = 600.0
     placement: Placement = Placement.PACK

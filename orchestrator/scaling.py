@@ -75,7 +75,7 @@ class Scaling:
             self._retirements.leave_alone(instance, now_s)
             if self._target is not None:
                 self._set_target(self._limits.clamp(self._target + 1), f"{instance} was put back {_BY_HAND}", 0.0)
-                self._trend = Trend(changed_s=now_s)
+                self._trend = Trend(changed_s=now_s, is_by_hand=True)
 
     # ------------------------------------------------------------------ by hand
     def on_requested(self, event: ScaleRequested, records: Records, now_s: float) -> list[Effect]:
@@ -90,7 +90,7 @@ class Scaling:
         self._is_automatic = _given(event.is_automatic, self._is_automatic)
         self._mean_steps = self._mean_steps if self._is_automatic else None
         self._starts.forgive()
-        self._trend = Trend(changed_s=now_s)
+        self._trend = Trend(changed_s=now_s, is_by_hand=True)
         self._set_target(self._limits.clamp(_given(event.target, target)), _BY_HAND, 0.0)
         told = self._say(None, f"{self._reason}: {'autoscaling' if self._is_automatic else 'no autoscaling'}", 0.0)
         return [*told, Answer(event.token, ScalingSet(self.snapshot(records, now_s)))]

@@ -1,9 +1,9 @@
 """How many instances should there be, and which one is the cheapest to empty? Frozen view in, decision out.
 
 The signal is the mean freeness in decode steps, kept between `low_steps` and `high_steps`: one instance more when it
-has been below for `period_s`, one less when it has been above for as long *and* one less would hold the load with room
-to spare *and* the load does not grow such that it would soon be wanted back. Source of the band: Sun et al., Llumnix
-(OSDI'24).
+has been below for `period_s`, one less when it has been above for three times as long *and* one less would hold the
+load with room to spare *and* the load does not grow such that it would soon be wanted back. Source of the band: Sun et
+al., Llumnix (OSDI'24).
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ class AutoscaleParams:
     `high_steps`, which calls for nothing; that is a matter for rebalancing."""
     margin_steps: float = 160.0
     """An instance is only given up when the others would then have `low_steps` and so many more."""
-    period_s: float = 30.0
-    """The mean must have been outside for so long, without a break."""
+    period_s: float = 10.0
+    """The mean must have been below for so long, without a break. As in Llumnix, which looks every 10 s."""
+    calm_periods: int = 3
+    """And above for so many such periods: who waits pays for a start that comes late, nobody for an end that does."""
     cooldown_s: float = 60.0
-    """After a change of the target nothing is decided for so long."""
+    """After a change of the target none is given up for so long, and after one by hand nothing is decided. Otherwise
+    one more is started at once: those that are to come count as empty, so that one need does not start two."""
     settle_s: float = 60.0
     """After an instance began to serve none is given up for so long: it starts empty, and fills slowly."""
     trend_s: float = 60.0
-    """Over so long is it seen whether freeness falls: twice `period_s`, so that a burst is not taken for a trend."""
+    """Over so long is it seen whether freeness falls: longer than calm must last, so that no burst is taken for a
+    trend."""
     horizon_s: float = 120.0
     """None is given up where at this pace freeness would leave the band from above before. What has been given up is
-    back no sooner than `cooldown_s`, `period_s` and a start (30 s) later."""
+    back only when load has filled the others, a need has lasted `period_s`, and it has started."""
     max_pending: int = 2
     """Instances wanted that do not serve yet; no further one is asked for while there are so many."""
     request_cost_blocks: float = 4.0
@@ -90,6 +94,8 @@ class Trend:
     above_since_s: float | None = None
     changed_s: float = -math.inf
     """When the target was last changed, by whomever."""
+    is_by_hand: bool = False
+    """That change."""
     seen: tuple[tuple[float, float], ...] = ()
     """(time in s, the mean) of looks of the last `trend_s`, since the last change: MAX_SEEN at most, in order."""
 
@@ -128,10 +134,11 @@ def plan_autoscale(
     if since_s is None:
         return decided(target, f"{says}, within {params.low_steps:.0f} to {params.high_steps:.0f}")
     says += f", {'below' if is_below else 'above'} {params.low_steps if is_below else params.high_steps:.0f}"
-    if now_s - since_s < params.period_s:
-        return decided(target, f"{says}, not yet for {params.period_s:g} s")
-    says += f" for {params.period_s:g} s"
-    if now_s - trend.changed_s < params.cooldown_s:
+    lasting_s = params.period_s * (1 if is_below else params.calm_periods)
+    if now_s - since_s < lasting_s:
+        return decided(target, f"{says}, not yet for {lasting_s:g} s")
+    says += f" for {lasting_s:g} s"
+    if now_s - trend.changed_s < params.cooldown_s and (trend.is_by_hand or not is_below):
         return decided(target, f"{says}; cooling down")
     if is_below:
         obstacle = _why_not_more(fleet, target, limits, params)

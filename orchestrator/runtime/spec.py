@@ -49,7 +49,7 @@ class ScalingSpec(msgspec.Struct, frozen=True):
     is_automatic: bool = False
     low_steps: float = 160.0
     high_steps: float = 960.0
-    period_s: float = 30.0
+    period_s: float = 10.0
     cooldown_s: float = 60.0
     retire_timeout_s: float = 600.0
 

@@ -72,29 +72,43 @@ def after_a_period(
     """The decision when the same is seen at 0 s and again when the period is over."""
     first, trend = plan_autoscale(seen, target, limits, trend, PARAMS, 0.0)
     assert first.target == target, "one look is not enough"
-    return plan_autoscale(seen, target, limits, trend, PARAMS, PARAMS.period_s)
+    lasting_s = PARAMS.period_s * (PARAMS.calm_periods if trend.above_since_s is not None else 1)
+    almost, trend = plan_autoscale(seen, target, limits, trend, PARAMS, lasting_s - 1.0)
+    assert almost.target == target, "nor is it for long enough"
+    return plan_autoscale(seen, target, limits, trend, PARAMS, lasting_s)
 
 
 def test_a_fleet_that_stays_full_gets_one_more_and_the_decision_says_why_and_how_old_its_signals_are() -> None:
     decision, trend = after_a_period(fleet(full("a"), msgspec.structs.replace(full("b"), signal_age_s=0.7)), 2)
     assert decision.target == 3 and decision.mean_steps == 80
-    assert decision.reason == "mean freeness 80 decode steps, below 160 for 30 s" and decision.signal_age_s == 0.7
+    assert decision.reason == "mean freeness 80 decode steps, below 160 for 10 s" and decision.signal_age_s == 0.7
     assert trend == Trend(changed_s=PARAMS.period_s)
 
 
 def test_a_moment_inside_the_band_starts_the_period_anew() -> None:
     seen, trend = fleet(full("a")), LONG_AGO
-    for now_s, now_seen in ((0.0, seen), (20.0, fleet(view("a", used_blocks=500, num_running=16))), (21.0, seen)):
+    for now_s, now_seen in ((0.0, seen), (8.0, fleet(view("a", used_blocks=500, num_running=16))), (9.0, seen)):
         decision, trend = plan_autoscale(now_seen, 1, LIMITS, trend, PARAMS, now_s)
-    decision, trend = plan_autoscale(seen, 1, LIMITS, trend, PARAMS, 50.0)
-    assert decision.target == 1 and "not yet for 30 s" in decision.reason
-    decision, trend = plan_autoscale(seen, 1, LIMITS, trend, PARAMS, 51.0)
+    decision, trend = plan_autoscale(seen, 1, LIMITS, trend, PARAMS, 18.0)
+    assert decision.target == 1 and "not yet for 10 s" in decision.reason
+    decision, trend = plan_autoscale(seen, 1, LIMITS, trend, PARAMS, 19.0)
     assert decision.target == 2
 
 
-def test_after_a_change_there_is_a_rest() -> None:
-    decision, _ = after_a_period(fleet(full("a")), 1, trend=Trend(changed_s=-20.0))
-    assert decision.target == 1 and decision.reason.endswith("cooling down")
+def test_after_a_change_nothing_is_given_up_for_a_while_but_one_more_is_started_at_once() -> None:
+    idle_fleet = fleet(idle("a"), idle("b"))
+    decision, _ = after_a_period(idle_fleet, 2, trend=Trend(changed_s=-20.0))
+    assert decision.target == 2 and decision.reason.endswith("cooling down")
+    assert after_a_period(idle_fleet, 2, trend=Trend(changed_s=-30.0))[0].target == 1
+    assert after_a_period(fleet(full("a")), 1, trend=Trend(changed_s=-1.0))[0].target == 2
+
+
+def test_after_a_change_by_hand_nothing_is_decided_for_a_while() -> None:
+    by_hand = Trend(changed_s=-20.0, is_by_hand=True)
+    decision, trend = after_a_period(fleet(full("a")), 1, trend=by_hand)
+    assert decision.target == 1 and decision.reason.endswith("cooling down") and trend.is_by_hand
+    decision, trend = after_a_period(fleet(full("a")), 1, trend=replace(by_hand, changed_s=-50.0))
+    assert decision.target == 2 and not trend.is_by_hand
 
 
 def test_one_that_is_to_come_counts_as_empty_so_that_it_is_not_asked_for_twice() -> None:

@@ -177,7 +177,7 @@ def test_autoscaling_starts_one_for_one_need_and_gives_it_up_when_the_load_has_g
     assert list(play.there) == ["instance-0"] and play.scaling.target == 1
     decisions = [effect for effect in play.effects if isinstance(effect, AnnounceScaling) and effect.instance is None]
     assert [effect.target for effect in decisions] == [2, 1]
-    assert "below 160 for 5 s" in decisions[0].reason and "above 960 for 5 s" in decisions[1].reason
+    assert "below 160 for 5 s" in decisions[0].reason and "above 960 for 15 s" in decisions[1].reason
     assert all(0 <= effect.signal_age_s < 2 for effect in decisions)
 
 
