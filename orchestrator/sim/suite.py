@@ -37,9 +37,8 @@ URGENT_HEADROOM_BLOCKS = 751
 SCALING_RATE = 2.0
 SCALING_SHARE = 0.3
 """Of the requests of other days: they come as slowly as nowhere else."""
-BANDS = tuple(Scaled(low, high) for low, high in ((160.0, 960.0), (320.0, 960.0), (480.0, 1440.0)))
-"""Production's, and two that want more instances, so that both arms' tails reach from below to above the one they are
-matched at."""
+BANDS = tuple(Scaled(low, high) for low, high in ((160.0, 960.0), (320.0, 960.0)))
+"""Production's, and one that wants more instances."""
 MATCHED_P99_S = 5.0
 """At this P99 of TTFT the paper's figure has its arms cost 20.7 % apart."""
 

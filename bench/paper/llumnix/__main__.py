@@ -4,7 +4,7 @@
 
 In virtual time (`orchestrator/sim`): sixteen instances of LLaMA-7B on A10s, its workloads, 10,000 requests a day.
 `--suite FILE`: what `kvferry simulate compare --suite paper --json FILE` wrote; without it those days are played here
-(16 minutes on two cores). `--baselines` adds INFaaS++, ours without moves, and Llumnix with its artifact's other
+(20 minutes on two cores). `--baselines` adds INFaaS++, ours without moves, and Llumnix with its artifact's other
 threshold where that has it. Downtime is of one request that moves between two idle instances; *recompute* counts the
 step that computes it anew. Scale is not played here: `bench.decide` measures what a decision costs at 1,024 instances.
 """
