@@ -10,7 +10,6 @@ import asyncio
 from dataclasses import dataclass
 
 from instance.cached import CACHED_INTERVAL_S, CachedBook
-from instance.errors import EngineFailed
 from instance.headroom import Headroom
 from instance.lifecycle import State, follow
 from instance.loop import StepDone
@@ -31,8 +30,9 @@ from instance.messages import (
 from instance.migrations import DestinationAdapter, InboxChannel, Outgoing
 from instance.ports import EngineHost, Inbox
 from instance.report import MAX_REPORTED_REQUESTS, Standing, Subscribers, add_step, load_report, smooth_step_time
+from instance.revival import Decided, let_in, refusal_of
 from instance.spec import InstanceSpec, MigrationSummary
-from instance.stream import StreamTable, Tombstones, wishes_of
+from instance.stream import StreamTable, Tombstones
 from instance.types import (
     NO_WISHES,
     EngineFacts,
@@ -247,9 +247,9 @@ class Agent:
             request_id, submit.external_id, submit.priority, submit.num_prompt_tokens, submit.max_tokens, submit.payload
         )
         # Open before the engine knows it: its first tokens must find their stream.
-        self._streams.open(request_id, submit.gateway_address, 0, self._loop.now_s(), wishes_of(submit))
+        self._streams.open_for(submit, self._loop.now_s())
         self._num_adding += 1
-        added = self._loop.call(lambda engine: self._room.add(engine, submission, self._loop.load))
+        added = let_in(self._loop, self._room, submission, submit.output_token_ids)
         added.add_done_callback(lambda future: self._added(submit, future))
 
     def _why_not(self, submit: Submit) -> EngineRefusal | None:
@@ -265,14 +265,13 @@ class Agent:
             return self._room.refusal
         return None
 
-    def _added(self, submit: Submit, added: asyncio.Future[EngineRefusal | None]) -> None:
+    def _added(self, submit: Submit, added: asyncio.Future[Decided]) -> None:
         self._num_adding -= 1
-        error = added.exception()
-        # A request on which a living engine raises is not tried elsewhere; when the engine has ended, it is.
-        is_final = not isinstance(error, EngineFailed)
-        refusal = added.result() if error is None else EngineRefusal(f"the engine raised {error!r}", final=is_final)
+        refusal = refusal_of(added)
         if refusal is not None:
             self._streams.close(RequestId(submit.request_id))
+        elif submit.request_id in self._tombstones:  # a revival is done later than what was asked after it
+            self._loop.call(lambda engine: engine.abort((RequestId(submit.request_id),)))
         self._answer(submit, refusal)
 
     def _answer(self, submit: Submit, refusal: EngineRefusal | None) -> None:

@@ -16,6 +16,7 @@ from instance.types import (
     EngineRefusal,
     PriorityAnswer,
     RequestView,
+    Rescue,
     StepResult,
     Submission,
 )
@@ -44,6 +45,11 @@ class Engine(Protocol):
 
     def add(self, submission: Submission) -> EngineRefusal | None:
         """Queue a request. A refusal leaves no trace. A known id is ignored (a repeated submission)."""
+
+    def rescue(self, submission: Submission, output_token_ids: tuple[int, ...]) -> Rescue | EngineRefusal:
+        """What `reserve` and `commit` take so that this request goes on here after this output (one token at least),
+        though nobody is left to export it: as output, not as prompt, and its sampler where so many tokens have brought
+        it. No request is changed."""
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         """End these requests without output; stopped ones too. Unknown ids are ignored."""

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
 from instance.fake_blocks import FakeStore, block_hashes, num_blocks_for
-from instance.fake_model import FakeMove, FakeRequest, FakeState, decode_fake, fake_compatibility, first_generator
-from instance.fake_scheduler import FakeConfig, FakeScheduler, Sequence
+from instance.fake_model import (
+    FakeMove,
+    FakeRequest,
+    FakeState,
+    decode_fake,
+    fake_compatibility,
+    first_generator,
+    state_after,
+)
+from instance.fake_scheduler import FakeConfig, FakeReservation, FakeScheduler, Sequence
 from instance.headroom import Headroom
 from instance.types import (
     CachedChanges,
@@ -26,6 +33,7 @@ from instance.types import (
     PriorityAnswer,
     RequestStatus,
     RequestView,
+    Rescue,
     StepResult,
     Submission,
     step_work,
@@ -51,18 +59,6 @@ class FakeEngineBroke(RuntimeError):
     """The step that `FakeConfig.fail_at_step` names."""
 
 
-@dataclass(slots=True)
-class _Reservation:
-    move: FakeMove
-    request_id: RequestId
-    blocks: list[int]
-    num_cached_blocks: int
-    polls_left: int
-
-    def view(self, block_size: int) -> Reservation:
-        return Reservation(self.num_cached_blocks * block_size, len(self.blocks), (tuple(self.blocks),))
-
-
 class FakeEngine:
     """See `instance.engine.Engine`."""
 
@@ -71,7 +67,7 @@ class FakeEngine:
         self._scheduler = FakeScheduler(config)
         self._pool = self._scheduler.pool
         self._mover = make_mover(FakeStore(self._pool.words))
-        self._reservations: dict[MigrationId, _Reservation] = {}
+        self._reservations: dict[MigrationId, FakeReservation] = {}
         self._in_flight: list[tuple[Sequence, EngineOutput]] = []
         self._stepped: list[Sequence] = []
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
@@ -115,6 +111,13 @@ class FakeEngine:
             return EngineRefusal(reason, final=True)
         self._enter(submission.request_id, FakeMove(request, submission.external_id, submission.priority, ()))
         return None
+
+    def rescue(self, submission: Submission, output_token_ids: tuple[int, ...]) -> Rescue | EngineRefusal:
+        request = decode_fake(submission.payload, FakeRequest)
+        if request is None:
+            return EngineRefusal("the request cannot be read", final=True)
+        move = FakeMove(request, submission.external_id, submission.priority, output_token_ids)
+        return Rescue(self._description(submission.request_id, move), msgspec.msgpack.encode(state_after(move)))
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         for request_id in request_ids:
@@ -187,14 +190,13 @@ class FakeEngine:
             return Refusal("this request is being moved already")
         output = tuple(sequence.tokens[len(sequence.request.prompt) : sequence.num_visible])
         move = FakeMove(sequence.request, sequence.external_id, sequence.priority, output)
-        return Description(
-            request_id=request_id,
-            payload=msgspec.msgpack.encode(move),
-            settled_tokens=sequence.num_settled,
-            kv_fingerprint=self.facts.kv_fingerprint,
-            block_size=self._config.block_size,
-            num_preemptions=sequence.num_preemptions,
-        )
+        return self._description(request_id, move, sequence.num_settled, sequence.num_preemptions)
+
+    def _description(
+        self, request_id: RequestId, move: FakeMove, settled_tokens: int = 0, num_preemptions: int = 0
+    ) -> Description:
+        fingerprint, size = self.facts.kv_fingerprint, self._config.block_size
+        return Description(request_id, msgspec.msgpack.encode(move), settled_tokens, fingerprint, size, num_preemptions)
 
     def progress(self, request_id: RequestId) -> Progress | None:
         sequence = self._scheduler.sequences.get(request_id)
@@ -219,10 +221,9 @@ class FakeEngine:
             return None
         computed = 0 if without_kv else sequence.computed
         output = tuple(sequence.tokens[len(sequence.request.prompt) :])
+        state = FakeState(output, computed, sequence.generator, sequence.num_preemptions, sequence.priority)
         return StoppedRequest(
-            state=msgspec.msgpack.encode(
-                FakeState(output, computed, sequence.generator, sequence.num_preemptions, sequence.priority)
-            ),
+            state=msgspec.msgpack.encode(state),
             settled_tokens=computed,
             num_output_tokens=len(output),
             num_preemptions=sequence.num_preemptions,
@@ -259,7 +260,8 @@ class FakeEngine:
             return Refusal(f"{num_blocks} blocks wanted, {self._pool.num_free} are free")
         shared = self._pool.share_prefix(hashes)
         fresh = self._pool.allocate(num_blocks - len(shared)) or []
-        reservation = _Reservation(move, description.request_id, shared + fresh, len(shared), move.request.ready_polls)
+        held, polls = shared + fresh, move.request.ready_polls
+        reservation = FakeReservation(move, description.request_id, held, len(shared), polls)
         self._reservations[migration_id] = reservation
         return reservation.view(size)
 
@@ -364,7 +366,7 @@ class FakeEngine:
             return "the request is on its way here already"
         return self._never_fits(len(move.request.prompt) + move.request.max_tokens)
 
-    def _is_inconsistent(self, reservation: _Reservation, small: FakeState) -> bool:
+    def _is_inconsistent(self, reservation: FakeReservation, small: FakeState) -> bool:
         return (
             reservation.request_id in self._scheduler.sequences
             or len(small.output) >= reservation.move.request.max_tokens

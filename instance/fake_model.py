@@ -130,6 +130,14 @@ def first_generator(seed: int) -> int:
     return mix(seed & _MASK)
 
 
+def state_after(move: FakeMove) -> FakeState:
+    """Of a request that has put out so much, with nothing computed: the sampler has drawn once a token."""
+    generator = first_generator(move.request.seed)
+    for _ in move.output:
+        generator = next_generator(generator)
+    return FakeState(move.output, 0, generator, 0, move.priority)
+
+
 def next_generator(generator: int) -> int:
     return mix(generator ^ 1)
 

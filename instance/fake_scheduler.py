@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from instance.fake_blocks import BlockPool, block_hashes, num_blocks_for
-from instance.fake_model import FakeRequest, digest, finish_of, kv_words, next_generator, sample, weights
+from instance.fake_model import FakeMove, FakeRequest, digest, finish_of, kv_words, next_generator, sample, weights
 from instance.headroom import Headroom, kept_from
 from instance.types import EngineOutput, PriorityAnswer, PriorityOutcome, RequestStatus, RequestView
-from migration.types import RequestId
+from migration.types import RequestId, Reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,20 @@ class FakeConfig:
     step_base_s: float = 0.004
     """Modelled time of a step; only told, never slept."""
     step_token_s: float = 0.0002
+
+
+@dataclass(slots=True)
+class FakeReservation:
+    """Blocks held for a request on its way here."""
+
+    move: FakeMove
+    request_id: RequestId
+    blocks: list[int]
+    num_cached_blocks: int
+    polls_left: int
+
+    def view(self, block_size: int) -> Reservation:
+        return Reservation(self.num_cached_blocks * block_size, len(self.blocks), (tuple(self.blocks),))
 
 
 @dataclass(slots=True, eq=False)

@@ -43,6 +43,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Target: mean time of each further token."""
     waited_s: Span = 0.0
     """Since its arrival at the gateway, when this was sent."""
+    output_token_ids: tuple[int, ...] = ()
+    """What it has put out so far, where its last owner is gone: it goes on after that."""
 
 
 class SubmitAnswer(msgspec.Struct, frozen=True, tag=True):

@@ -45,6 +45,11 @@ class StreamTable:
         as it comes."""
         self._streams[request_id] = _Stream(gateway, offset, now_s, wishes)
 
+    def open_for(self, submit: Submit, now_s: float) -> None:
+        """Start the stream of a request that comes, or go on after the output with which it comes."""
+        offset = len(submit.output_token_ids)
+        self.open(RequestId(submit.request_id), submit.gateway_address, offset, now_s, wishes_of(submit))
+
     def close(self, request_id: RequestId) -> None:
         """Nothing more is emitted for it. Unknown ids are ignored."""
         self._streams.pop(request_id, None)

@@ -11,7 +11,7 @@ from enum import Enum
 
 import msgspec
 
-from migration.types import RequestId
+from migration.types import Description, RequestId
 
 
 class RequestStatus(Enum):
@@ -52,6 +52,14 @@ class Submission:
     num_prompt_tokens: int
     max_tokens: int
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """What a move without KV would have brought of a request whose owner is gone, for `reserve` and `commit`."""
+
+    description: Description
+    state: bytes
 
 
 @dataclass(frozen=True, slots=True)

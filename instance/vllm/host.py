@@ -19,6 +19,7 @@ from instance.types import (
     EngineRefusal,
     PriorityAnswer,
     RequestView,
+    Rescue,
     StepResult,
     Submission,
 )
@@ -42,6 +43,7 @@ from instance.vllm.mover import RanksMover
 from instance.vllm.priorities import set_priority
 from instance.vllm.rank import Carriage, Rank, RemoteRank
 from instance.vllm.refusals import is_in_flight, why_not_here, why_too_large, why_unmovable
+from instance.vllm.rescue import rescue_of
 from instance.vllm.scheduler import Rest, is_seeded
 from instance.vllm.start import start_core
 from instance.vllm.views import load_of, view_of
@@ -120,6 +122,13 @@ class VllmEngine:
             return EngineRefusal(str(error), final=True)
         self._submitted[submission.request_id] = Submitted(submission.external_id, submission.payload)
         return None
+
+    def rescue(self, submission: Submission, output_token_ids: tuple[int, ...]) -> Rescue | EngineRefusal:
+        def generator_after(seed: int, num_tokens: int) -> bytes | None:
+            state: bytes | None = self._core.collective_rpc("ferry_generator_after", args=(seed, num_tokens))[0]
+            return state
+
+        return rescue_of(self._facts, self._adapters, submission, output_token_ids, generator_after)
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         known = [request_id for request_id in request_ids if request_id in self._scheduler.requests]

@@ -109,6 +109,19 @@ class FerryWorkerExtension:
             return None
         return bytes(known.generator.get_state().numpy().tobytes())
 
+    def ferry_generator_after(self: Any, seed: int, num_tokens: int) -> bytes | None:
+        """State of a seeded request's sampler once it has drawn for so many tokens: for each, as vLLM's `random_sample`
+        does, an exponential variate for every token of the vocabulary. None as above."""
+        runner = self.model_runner
+        if hasattr(runner, "req_states"):
+            return None
+        generator = torch.Generator(device=runner.device)
+        generator.manual_seed(seed)
+        row = torch.empty(runner.model_config.get_vocab_size(), dtype=torch.float32, device=runner.device)
+        for _ in range(num_tokens):
+            row.exponential_(generator=generator)
+        return bytes(generator.get_state().numpy().tobytes())
+
     def ferry_expect(self: Any, request_id: str, payload: bytes) -> None:
         """Decode a submission while its request still decodes elsewhere: thousands of prompt tokens would otherwise be
         decoded while it stands still. The latest are kept; `ferry_import` manages without."""

@@ -8,18 +8,24 @@ from orchestrator.policy.admission import Reason, Reject, passed
 
 _KINDS = {Reason.BUSY: FailureKind.BUSY, Reason.NOBODY: FailureKind.NOBODY}
 
-INSTANCE_LOST = Failure(FailureKind.INSTANCE_LOST, "the instance that ran this request was lost; please retry")
-TOKENS_LOST = Failure(FailureKind.TOKENS_LOST, "tokens were lost; please retry")
-
 
 def crowded(num_waiting: int) -> Failure:
     """The answer to one too many."""
     return Failure(FailureKind.BUSY, f"{num_waiting} requests wait already; please retry later")
 
 
-def never_answered(flight: Flight) -> Failure:
-    """The answer to one that was sent to as many instances as it may be."""
-    message = f"{flight.attempt} instances were lost before they answered; please retry later"
+def impossible(flight: Flight, refusal: str) -> Failure:
+    """The answer to one that an instance refused for good: what is asked is wrong, unless it had begun elsewhere."""
+    if not flight.output:
+        return Failure(FailureKind.IMPOSSIBLE, refusal)
+    message = f"the instance that ran this request was lost, and no other can go on with it ({refusal}); please retry"
+    return Failure(FailureKind.INSTANCE_LOST, message)
+
+
+def lost_too_often(flight: Flight) -> Failure:
+    """The answer to one that was sent to as many instances as it may be: it may be what they die of."""
+    when = "while they ran this request" if flight.output else "before they answered"
+    message = f"{flight.attempt} instances were lost {when}; please retry later"
     return Failure(FailureKind.INSTANCE_LOST, message)
 
 

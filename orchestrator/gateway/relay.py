@@ -76,11 +76,11 @@ class Relay:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, request_id: RequestId, owner: Owner) -> None:
-        """Start a stream. Raises ValueError when it is open already."""
+    def open(self, request_id: RequestId, owner: Owner, tokens: tuple[int, ...] = ()) -> None:
+        """Start a stream that goes on after these tokens. Raises ValueError when it is open already."""
         if request_id in self._streams:
             raise ValueError(f"the stream of {request_id} is open already")
-        self._streams[request_id] = Stream(request_id, owner)
+        self._streams[request_id] = Stream(request_id, owner, list(tokens), len(tokens))
 
     def close(self, request_id: RequestId) -> None:
         """Forget a stream; what still comes for it is dropped."""

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from instance import messages as msg
 from migration.types import Epoch, Incarnation, InstanceId, RequestId
-from orchestrator.gateway.errors import Failure, FailureKind
+from orchestrator.gateway.errors import Failure
 from orchestrator.gateway.missing import Missing
-from orchestrator.gateway.placing import INSTANCE_LOST, TOKENS_LOST, crowded, gave_up, never_answered, rejection
+from orchestrator.gateway.placing import crowded, gave_up, impossible, lost_too_often, rejection
 from orchestrator.gateway.relay import Owner, OwnerMoved, Relay
 from orchestrator.gateway.types import Deliver, Effect, Fail, Flight, Forget, Outgoing, RouterCounts, RouterParams, Send
 from orchestrator.policy.admission import Admit, Queue, Reject, admit, defer, patience_s
@@ -226,7 +226,7 @@ class Router:
         self.counts.refused += 1
         self._book.on_not_taken(owner[0], asked[1], flight.sequence)
         if answer.final:
-            return self._fail(request_id, Failure(FailureKind.IMPOSSIBLE, answer.refusal))
+            return self._fail(request_id, impossible(flight, answer.refusal))
         flight.refused_by.add(owner[0])
         flight.last_refusal = f"{answer.instance}: {answer.refusal}"
         self.relay.close(request_id)
@@ -254,8 +254,7 @@ class Router:
         self._missing.tick(self._waiting, now_s)
         too_long_s = now_s - self._params.gap_timeout_s
         for request_id in [late for late, since_s in self._gap_since.items() if since_s < too_long_s]:
-            effects += self._abort_everywhere((request_id,))
-            effects += self._fail(request_id, TOKENS_LOST)
+            effects += self._abort_everywhere((request_id,)) + self._start_anew(self._flights[request_id], now_s)
         return effects
 
     def _retry_waiting(self, now_s: float) -> list[Effect]:
@@ -300,21 +299,20 @@ class Router:
             flight = self._flights.get(request_id)
             if flight is None:
                 continue  # it was on both lists
-            if self.relay.num_tokens(request_id) or self.relay.has_gap(request_id):
-                effects += self._abort_everywhere((request_id,))
-                effects += self._fail(request_id, INSTANCE_LOST)
-                continue
-            # No token was seen, so it may start anew. The old owner may only be slow: end it there.
+            # The old owner may only be slow: end it there.
             effects += self._abort_everywhere((request_id,))
             flight.unplaced_since_s = now_s
             effects += self._start_anew(flight, now_s)
         return effects
 
     def _start_anew(self, flight: Flight, now_s: float) -> list[Effect]:
+        """What was delivered stays as it is; it goes on after that, as it would have or not (`README.md`)."""
+        flight.output = self.relay.tokens(flight.wire_id)
         if flight.attempt == self._params.max_attempts:
-            return self._fail(flight.wire_id, never_answered(flight))
+            return self._fail(flight.wire_id, lost_too_often(flight))
         self._drop(flight.wire_id)
         self.counts.redispatched += 1
+        self.counts.revived += bool(flight.output)
         flight.refused_by.clear()  # that was then
         flight.attempt += 1
         flight.wire_id = RequestId(f"{flight.request.request_id}~{flight.attempt}")
@@ -325,7 +323,7 @@ class Router:
     # ---- parts
     def _dispatch(self, flight: Flight, now_s: float) -> list[Effect]:
         request = flight.request
-        demand = demand_blocks(request.num_prompt_tokens, self._book.block_size)
+        demand = demand_blocks(request.num_prompt_tokens + len(flight.output), self._book.block_size)
         refused_by, wanted = flight.refused_by, flight.wanted(now_s)
         found = self._book.choose(demand, now_s, refused_by, wanted, request.prefix, request.priority)
         verdict = admit(request.asks, found, now_s - flight.arrived_s)
@@ -335,7 +333,7 @@ class Router:
         member = self._members[choice.instance]
         flight.sequence = self._book.on_dispatched(choice.instance, demand, now_s, request.priority)
         flight.sent_s = now_s
-        self.relay.open(flight.wire_id, (choice.instance, choice.epoch))
+        self.relay.open(flight.wire_id, (choice.instance, choice.epoch), flight.output)
         self._waiting.discard(flight.wire_id)
         self._unanswered.add(flight.wire_id)
         self.counts.dispatched += 1

@@ -117,6 +117,8 @@ class Flight:
     sent_s: float = 0.0
     arrived_s: float = 0.0
     """When its client asked, however often it has started anew."""
+    output: tuple[int, ...] = ()
+    """What was delivered before this attempt: it goes on after that."""
 
     def wanted(self, now_s: float) -> Wanted | None:
         """None: it has no targets."""
@@ -143,6 +145,7 @@ class Flight:
             ttft_s=targets.ttft_s,
             tpot_s=targets.tpot_s,
             waited_s=min(MAX_SPAN_S, max(0.0, round(self.sent_s - self.arrived_s, 3))),
+            output_token_ids=self.output,
         )
 
 
@@ -151,7 +154,9 @@ class RouterCounts:
     dispatched: int = 0
     refused: int = 0
     redispatched: int = 0
-    """Started anew: the first instance died, or never answered, before any token."""
+    """Sent again: an instance died, or never answered."""
+    revived: int = 0
+    """Of these, with output: they went on after it elsewhere."""
     moved: int = 0
     """Requests that changed hands."""
     failed: dict[FailureKind, int] = field(default_factory=lambda: dict.fromkeys(FailureKind, 0))

@@ -20,6 +20,7 @@ from instance.types import (
     PriorityAnswer,
     RequestStatus,
     RequestView,
+    Rescue,
     StepResult,
     Submission,
 )
@@ -129,6 +130,12 @@ class LengthEngine:
         moved = _Moved(ask, submission.external_id, submission.priority, 0, 0, 0)
         self._enter(submission.request_id, moved, 0, self._chain(submission.request_id, ask))
         return None
+
+    def rescue(self, submission: Submission, output_token_ids: tuple[int, ...]) -> Rescue | EngineRefusal:
+        ask = msgspec.msgpack.decode(submission.payload, type=Ask)
+        moved = _Moved(ask, submission.external_id, submission.priority, len(output_token_ids), 0, 0)
+        fingerprint, size = self.facts.kv_fingerprint, self._config.block_size
+        return Rescue(Description(submission.request_id, encode(moved), 0, fingerprint, size, 0), encode(moved))
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         for request_id in request_ids:

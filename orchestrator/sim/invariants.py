@@ -34,7 +34,6 @@ _AFTERMATH_S = 90.0
 _APART = frozenset({Kind.CRASH, Kind.HANG, Kind.PARTITION, Kind.LOSS})
 _CAUSES: dict[FailureKind, frozenset[Kind]] = {
     FailureKind.INSTANCE_LOST: _APART,
-    FailureKind.TOKENS_LOST: frozenset({Kind.PARTITION, Kind.LOSS}),
     FailureKind.NOBODY: _APART | {Kind.DRAIN, Kind.SCALE},
     FailureKind.BUSY: _APART | {Kind.DRAIN, Kind.SCALE, Kind.STALL, Kind.SLOW},
     FailureKind.CANCELLED: frozenset({Kind.END}),

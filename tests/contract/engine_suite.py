@@ -11,7 +11,10 @@ from tests.contract.engine_suite_headroom import HeadroomContract
 from tests.contract.engine_suite_migrations import MigrationContract
 from tests.contract.engine_suite_priorities import PriorityContract
 from tests.contract.engine_suite_requests import RequestContract
+from tests.contract.engine_suite_revivals import RevivalContract
 
 
-class EngineContract(RequestContract, PriorityContract, HeadroomContract, EndsContract, MigrationContract):
+class EngineContract(
+    RequestContract, PriorityContract, HeadroomContract, EndsContract, MigrationContract, RevivalContract
+):
     """Subclass as `class TestSomething(EngineContract)` with a fixture `pair`."""

@@ -137,12 +137,28 @@ async def test_a_stream_that_the_operator_ends_says_so_and_the_others_go_on(serv
     await owners_of(serving, "to-be-ended", lambda owners: not owners)
 
 
-async def test_a_killed_instance_leaves_the_gateways_answering_and_the_other_serving(serving: Serving) -> None:
+async def begun(serving: Serving, name: str, num_tokens: int) -> str:
+    """The instance of each request of that name, once it has put out so much."""
+    async with asyncio.timeout(30):
+        while True:  # another process: there is no event to wait for
+            for item in (await asyncio.to_thread(serving.status))["requests"]:
+                if name in item["external_id"] and item.get("num_output_tokens", 0) >= num_tokens:
+                    return str(item["instance"].removeprefix("instances/"))
+            await asyncio.sleep(0.05)
+
+
+async def test_the_streams_of_a_killed_instance_go_on_at_the_other_one_token_for_token(serving: Serving) -> None:
+    samplings: list[Sampling] = [GREEDY, GREEDY, {"temperature": 0.8, "seed": 17}, {"temperature": 0.8, "seed": 17}]
+    alone = [await text_of(serving, f"not-killed-{n}", NUM_TOKENS, one) for n, one in enumerate(samplings)]
+    reading = [asyncio.create_task(text_of(serving, f"bereft-{n}", NUM_TOKENS, one)) for n, one in enumerate(samplings)]
+    owners = [await begun(serving, f"bereft-{n}", 30) for n in range(len(samplings))]
+    assert "instance-0" in owners, "dispatch evens out"
     killed = psutil.Process((await asyncio.to_thread(serving.instance, "instance-0"))["process_id"])
     killed.kill()
     async with asyncio.timeout(15):
         while (await asyncio.to_thread(serving.instance, "instance-0"))["state"] != "INSTANCE_STATE_STOPPED":
             pass
+    assert await asyncio.gather(*reading) == alone
     text = await text_of(serving, "after-the-kill", 40)
     assert len(text) > 40
     async with httpx.AsyncClient() as http:

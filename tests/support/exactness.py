@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from instance.messages import OutputEntry
-from instance.types import EngineOutput, Submission
+from instance.revival import Revival
+from instance.types import EngineOutput, EngineRefusal, Rescue, Submission
 from instance.vllm.codec import decode_output
 from instance.vllm.host import VllmEngine
 from migration.types import RequestId
@@ -55,6 +58,31 @@ def seen(outputs: Sequence[EngineOutput]) -> Seen:
     return Seen(
         tokens, last.finish_reason, last.stop_reason, tuple(logprobs), tuple(prompt_logprobs), num_prefill_reports
     )
+
+
+def _tokens(outputs: Sequence[EngineOutput]) -> tuple[int, ...]:
+    return tuple(token for output in outputs for token in output.token_ids)
+
+
+def _first(outputs: Sequence[EngineOutput], num_tokens: int) -> list[EngineOutput]:
+    """Of outputs of one token each."""
+    assert all(len(output.token_ids) == 1 for output in outputs)
+    return list(outputs[:num_tokens])
+
+
+class _Altered:
+    """An engine whose rescues are altered on their way."""
+
+    def __init__(self, engine: VllmEngine, alter: Callable[[Rescue], Rescue]) -> None:
+        self._engine = engine
+        self._alter = alter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def rescue(self, submission: Submission, output_token_ids: tuple[int, ...]) -> Rescue | EngineRefusal:
+        rescue = self._engine.rescue(submission, output_token_ids)
+        return rescue if isinstance(rescue, EngineRefusal) else self._alter(rescue)
 
 
 class Comparison:
@@ -110,6 +138,40 @@ class Comparison:
             here, there = there, here
         self.pair.finish(here, request_id)
         return self.seen(request_id)
+
+    def revived(
+        self, deaths: Sequence[int], num_lost: int = 0, alter: Callable[[Rescue], Rescue] = lambda rescue: rescue
+    ) -> Seen:
+        """Each time it has put out so many tokens its engine forgets it, the last `num_lost` of them having reached
+        nobody, and it goes on at the other one. `alter`: what a negative control leaves out."""
+        request_id, here, there = self.start(), self.first, self.second
+        outputs: list[EngineOutput] = []
+        for at in deaths:
+            self.pair.decode_until(here, request_id, at - len(_tokens(outputs)))
+            assert not self.pair.is_finished(request_id), f"it finished before token {at}"
+            here.abort((request_id,))
+            outputs += _first(self.pair.outputs[request_id], at - num_lost - len(_tokens(outputs)))
+            request_id = self.pair.new_id()
+            revival = Revival(self._submission(request_id), _tokens(outputs))
+            while (decided := revival(_Altered(there, alter))) is None:
+                time.sleep(0.001)  # a grammar compiles on another thread; nothing to step for it
+            assert decided.refusal is None, decided.refusal
+            there.check_integrity()
+            here, there = there, here
+        self.pair.finish(here, request_id)
+        return seen(outputs + self.pair.outputs[request_id])
+
+    def prompted_anew(self, at: int) -> Seen:
+        """After so many tokens it is sent to the other engine as a new request, whose prompt ends with them."""
+        request_id = self.start()
+        self.pair.decode_until(self.first, request_id, at)
+        self.first.abort((request_id,))
+        outputs = _first(self.pair.outputs[request_id], at)
+        request_id, prompt = self.pair.new_id(), [*self._prompt, *_tokens(outputs)]
+        refusal = self.second.add(submission_of(request_id, prompt, self._params(), lora_request=self._adapter))
+        assert refusal is None, refusal
+        self.pair.finish(self.second, request_id)
+        return seen(outputs + self.pair.outputs[request_id])
 
     def move_at_once(self) -> tuple[RequestId, Ferried]:
         """Move it before it has run at all; it is left to the caller to finish it at the second engine."""

@@ -114,7 +114,10 @@ class ScriptedInstance:
         self._mailbox.send(submit.gateway_address, answer)
         if self.refusal is None and submit.request_id not in self.running:
             request = msgspec.msgpack.decode(submit.payload, type=FakeRequest)
-            self.running[submit.request_id] = _Running(submit.gateway_address, request.prompt, request.max_tokens)
+            output = submit.output_token_ids
+            assert list(output) == expected_tokens(request.prompt, len(output)), "it goes on after its output"
+            running = _Running(submit.gateway_address, request.prompt, request.max_tokens, len(output))
+            self.running[submit.request_id] = running
 
     async def _run(self) -> None:
         next_report_s = 0.0

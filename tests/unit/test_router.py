@@ -26,7 +26,6 @@ from orchestrator.tuning import MIN_STALE_S
 from tests.support.idle_report import report
 
 GATEWAY = "tcp://gateway"
-LOST = "the instance that ran this request was lost; please retry"
 
 
 class Desk:
