@@ -1,7 +1,7 @@
 """What does an engine need to go on with a request whose owner is gone? Its submission and its output; no more.
 
 What a migration exports beside is either made anew (KV, the grammar's position) or a function of these: a seeded
-sampler has drawn one row of the vocabulary for each token.
+sampler has drawn once for each token.
 """
 
 from __future__ import annotations

@@ -110,16 +110,25 @@ class FerryWorkerExtension:
         return bytes(known.generator.get_state().numpy().tobytes())
 
     def ferry_generator_after(self: Any, seed: int, num_tokens: int) -> bytes | None:
-        """State of a seeded request's sampler once it has drawn for so many tokens: for each, as vLLM's `random_sample`
-        does, an exponential variate for every token of the vocabulary. None as above."""
+        """State of a seeded request's sampler once it has drawn for so many tokens. None as above.
+
+        As vLLM's `TopKTopPSampler` draws: on a CPU a seed for each token, elsewhere (and with --use-fp64-gumbel) an
+        exponential variate for every token of the vocabulary.
+        """
         runner = self.model_runner
         if hasattr(runner, "req_states"):
             return None
         generator = torch.Generator(device=runner.device)
         generator.manual_seed(seed)
-        row = torch.empty(runner.model_config.get_vocab_size(), dtype=torch.float32, device=runner.device)
-        for _ in range(num_tokens):
-            row.exponential_(generator=generator)
+        is_double = bool(runner.sampler.topk_topp_sampler.use_fp64_gumbel)
+        if runner.device.type == "cpu" and not is_double:
+            for _ in range(num_tokens):
+                torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+        else:
+            dtype = torch.float64 if is_double else torch.float32
+            row = torch.empty(runner.model_config.get_vocab_size(), dtype=dtype, device=runner.device)
+            for _ in range(num_tokens):
+                row.exponential_(generator=generator)
         return bytes(generator.get_state().numpy().tobytes())
 
     def ferry_expect(self: Any, request_id: str, payload: bytes) -> None:
