@@ -79,6 +79,8 @@ class Checks:
         self.broken: list[Broken] = []
         self.made: dict[RequestId, list[_Made]] = {}
         """Where the tokens of each attempt at a request were made."""
+        self._had: dict[str, int] = {}
+        """Tokens that each client has been told."""
         self._began_s = 0.0
         self._look_handle = self._loop.call_later(world.params.settle_s, self._begin)
         world.on_instance = self._attach
@@ -107,12 +109,15 @@ class Checks:
         return content
 
     def _note_made(self, where: SimInstance, request_id: RequestId, begin: int, end: int) -> None:
-        """Each token is made once, by the owner; what a dead one had made beyond the hand-over may be made again."""
+        """Each token is made once, by the owner; what a dead one had made beyond the hand-over may be made again. A later
+        attempt goes on after what its client has had by then."""
         made = self.made.setdefault(request_id, [])
         last = made[-1] if made else None
         if last is None:
-            if begin:
-                self.note(f"{where.actor_name} begins {request_id} at token {begin}", request_id)
+            name, _, attempt = request_id.partition("~")
+            had = self._had.get(name, 0) if attempt else 0
+            if begin != had:
+                self.note(f"{where.actor_name} begins {request_id} at token {begin}, not {had}", request_id)
         elif last.where is where and last.end == begin:
             made[-1] = _Made(where, last.begin, end)
             return
@@ -130,7 +135,7 @@ class Checks:
         if token_ids != tuple(range(first, first + len(token_ids))):
             offsets = [one - token(name, 0) for one in token_ids]
             self.note(f"{name} had {lived.num_tokens} tokens, and was told those at {offsets}", name)
-        num_tokens = lived.num_tokens + len(token_ids)
+        num_tokens = self._had[name] = lived.num_tokens + len(token_ids)
         if has_ended and num_tokens != lived.arrival.num_answer:
             self.note(f"{name} ended with {num_tokens} of {lived.arrival.num_answer} tokens", name)
 

@@ -242,6 +242,20 @@ def test_an_engine_that_loses_the_last_token_when_it_takes_a_request_over_is_fou
     assert "was told those at" in found and "alive, has brought to" in found
 
 
+def test_a_gateway_that_forgets_what_it_has_told_when_an_instance_dies_is_found() -> None:
+    """It begins anew what has begun: the client never hears it, since no token is told twice."""
+
+    def sabotage(world: World) -> None:
+        for gateway in world.gateways:
+            gateway.router.relay.tokens = lambda _: ()  # type: ignore[method-assign]
+
+    calm = calm_day_with_moves()
+    crash = Fault(2.05, Kind.CRASH, "instance-1", for_s=2.0)
+    day = Day(calm.seed, replace(calm.params, faults=(*calm.params.faults, crash)), calm.arrivals)
+    assert in_words(play(day)) == ""
+    assert "~2 at token 0, not" in broken(sabotage, day)
+
+
 def test_a_source_that_goes_on_after_the_hand_over_is_found() -> None:
     def break_it(instance: SimInstance) -> None:
         engine = instance.engine
@@ -353,7 +367,7 @@ def test_a_day_that_hangs_on_something_else_than_its_seed_is_found() -> None:
 
 def test_the_peers_of_one_that_crashed_are_told_its_epoch() -> None:
     day = day_of(1)
-    crash = Fault(2.0, Kind.CRASH, "instance-1")
+    crash = Fault(2.05, Kind.CRASH, "instance-1")
     seen: list[World] = []
     play(replace(day, params=replace(day.params, num_instances=3, faults=(crash,))), sabotage=seen.append)
     fenced = [world.instances["instance-0"].agent._fenced for world in seen]
