@@ -109,8 +109,8 @@ class Checks:
         return content
 
     def _note_made(self, where: SimInstance, request_id: RequestId, begin: int, end: int) -> None:
-        """Each token is made once, by the owner; what a dead one had made beyond the hand-over may be made again. A later
-        attempt goes on after what its client has had by then."""
+        """Each token is made once, by the owner; what a dead one had made beyond the hand-over may be made again.
+        A later attempt goes on after what its client has had by then."""
         made = self.made.setdefault(request_id, [])
         last = made[-1] if made else None
         if last is None:

@@ -247,7 +247,7 @@ def test_a_gateway_that_forgets_what_it_has_told_when_an_instance_dies_is_found(
 
     def sabotage(world: World) -> None:
         for gateway in world.gateways:
-            gateway.router.relay.tokens = lambda _: ()  # type: ignore[method-assign]
+            gateway.router.relay.tokens = lambda _: ()  # type: ignore[assignment, method-assign]
 
     calm = calm_day_with_moves()
     crash = Fault(2.05, Kind.CRASH, "instance-1", for_s=2.0)
