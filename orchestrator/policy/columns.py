@@ -138,7 +138,8 @@ class Columns:
         line.growth_per_s = self.growth_per_s[row] = growth_blocks_per_s(report)
         line.num_running = report.num_running
         line.running_blocks = running_blocks(report)
-        line.free = report.total_blocks - virtual_usage_blocks(report, self._params.load)
+        # As in the columns: an integer beyond 2**53 would be another number there.
+        line.free = float(report.total_blocks - virtual_usage_blocks(report, self._params.load))
         self.behind[row] = report.head_of_line_blocks - max(report.waiting_blocks, report.head_of_line_blocks)
         if self.total[row] != report.total_blocks:
             self.total[row] = report.total_blocks

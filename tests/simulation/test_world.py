@@ -162,14 +162,11 @@ def test_a_drained_instance_is_empty_while_the_others_serve() -> None:
 _TASKS: list[asyncio.Future[object]] = []
 
 
-def test_a_killed_instance_loses_what_had_begun_there_and_nothing_else() -> None:
+def test_what_had_begun_at_a_killed_instance_goes_on_elsewhere_and_nobody_hears_of_it() -> None:
     arrivals = asked(6)
     lived, _, world = play(params(num_instances=3), arrivals, lambda world: world.kill_instance("instance-2"))
-    failed = [one for one in lived if one.error]
-    assert failed and all("instance" in one.error and one.num_tokens for one in failed)
-    whole = [one for one in lived if not one.error]
-    assert [one.num_tokens for one in whole] == [one.arrival.num_answer for one in whole]
-    assert len(failed) < len(lived) / 3
+    assert [(one.error, one.num_tokens) for one in lived] == [("", one.arrival.num_answer) for one in lived]
+    assert sum(gateway.router.counts.revived for gateway in world.gateways) > 0, "the control: some had begun"
     assert "instance-2" not in world.instances
 
 
