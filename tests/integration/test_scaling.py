@@ -162,6 +162,6 @@ async def test_an_idle_fleet_shrinks_by_itself_where_that_is_asked_for() -> None
         await asyncio.to_thread(cluster.wait_ready, READY_S)
         await eventually(cluster, lambda status: status["scaling"][0]["num_instances"] == 1)
         (scaling,) = (await asyncio.to_thread(cluster.status))["scaling"]
-        assert scaling["automatic"] and "above 960 for 1 s" in scaling["reason"]
+        assert scaling["automatic"] and "above 960 for 3 s" in scaling["reason"]
     finally:
         cluster.end()
