@@ -42,7 +42,7 @@ from instance.vllm.lora import Adapters
 from instance.vllm.mover import RanksMover
 from instance.vllm.priorities import set_priority
 from instance.vllm.rank import Carriage, Rank, RemoteRank
-from instance.vllm.refusals import is_in_flight, why_not_here, why_too_large, why_unmovable
+from instance.vllm.refusals import is_in_flight, read, why_not_here, why_too_large, why_unmovable
 from instance.vllm.rescue import rescue_of
 from instance.vllm.scheduler import Rest, is_seeded
 from instance.vllm.start import start_core
@@ -105,12 +105,9 @@ class VllmEngine:
             return EngineRefusal("the request is on its way here from another instance", final=False)
         if is_in_flight(self._scheduler, submission.request_id):
             return EngineRefusal("a step of its last stay here is in flight", final=False)
-        try:
-            core_request = decode_request(submission.payload)
-        except CodecError as error:
-            return EngineRefusal(str(error), final=True)
-        if core_request.request_id != submission.request_id:
-            return EngineRefusal("the payload is of another request", final=True)
+        core_request = read(submission)
+        if isinstance(core_request, EngineRefusal):
+            return core_request
         core_request.priority = submission.priority
         refusal = self._why_unservable(core_request) or self._adapters.load(core_request.lora_request)
         if refusal is not None:

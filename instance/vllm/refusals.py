@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request, RequestStatus
 
-from instance.types import EngineFacts
+from instance.types import EngineFacts, EngineRefusal, Submission
 from instance.vllm import images, speculation
+from instance.vllm.codec import CodecError, decode_request
 from instance.vllm.handshake import why_refused
 from migration.types import Description
 
 MAX_SUBMISSION_BYTES = 32 << 20
 """A larger one (many or very large images) stays where it is: it would cross in one message, of which at most 64 MiB
 are read, and both ends copy it between two steps."""
+
+
+def read(submission: Submission) -> EngineCoreRequest | EngineRefusal:
+    """The request that was submitted."""
+    try:
+        request = decode_request(submission.payload)
+    except CodecError as error:
+        return EngineRefusal(str(error), final=True)
+    if request.request_id != submission.request_id:
+        return EngineRefusal("the payload is of another request", final=True)
+    return request
 
 
 def why_unmovable(request: Request, images_refused: str | None = None, num_guesses: int = 0) -> str | None:

@@ -13,14 +13,13 @@ from vllm.sampling_params import SamplingType
 from instance.types import EngineFacts, EngineRefusal, Rescue, Submission
 from instance.vllm.codec import (
     STATE_VERSION,
-    CodecError,
     DescribedRequest,
     RequestState,
-    decode_request,
     encode_described,
     encode_state,
 )
 from instance.vllm.lora import Adapters
+from instance.vllm.refusals import read
 from migration.types import Description
 
 GeneratorAfter = Callable[[int, int], bytes | None]
@@ -35,12 +34,9 @@ def rescue_of(
     generator_after: GeneratorAfter,
 ) -> Rescue | EngineRefusal:
     """See `Engine.rescue`. What it may not be is found by `reserve` and `commit`, as for one that moves here."""
-    try:
-        request = decode_request(submission.payload)
-    except CodecError as error:
-        return EngineRefusal(str(error), final=True)
-    if request.request_id != submission.request_id:
-        return EngineRefusal("the payload is of another request", final=True)
+    request = read(submission)
+    if isinstance(request, EngineRefusal):
+        return request
     adapter = adapters.load(request.lora_request) or adapters.identity(request.lora_request)
     if isinstance(adapter, str):
         return EngineRefusal(adapter, final=True)

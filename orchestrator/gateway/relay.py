@@ -1,7 +1,8 @@
 """Which tokens go to the client next? Streams of output that survive a change of owner: each token once, in order.
 
 Pure. An entry whose tokens were seen is dropped, an early one is held until the gap before it is filled, and the owner
-of a request is whoever gave (or announced) its highest offset. Every token is kept, for a later rescue.
+of a request is whoever gave (or announced) its highest offset. Every token is kept:
+should its owner be lost, another one goes on after them.
 """
 
 from __future__ import annotations
